@@ -1,0 +1,288 @@
+"""Every error that vmjob reports, as one tree.
+
+    VmjobError
+    ├── UsageError       the caller asked for something that cannot be
+    ├── HostError        this computer lacks something, or is out of it
+    ├── ImageError       an image is missing, damaged or cannot be built
+    ├── MachineError     the virtual machine did not start, or ended by itself
+    ├── GuestError       what runs inside the machine broke the protocol, or refused a request
+    └── JobError         the job ran, and its outcome is not what was declared
+
+Each class carries a stable ``code`` (scripts may compare it), the exit code of
+the command line, whether a retry on the same computer may help, and one line of
+``advice``. The table in ``docs/reference/errors.md`` is made from this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = ["GuestError", "HostError", "ImageError", "JobError", "MachineError", "UsageError",
+           "VmjobError", "all_errors"]
+
+#: Exit code of the command line when vmjob itself failed (as ``docker run`` has it).
+EXIT_VMJOB_FAILED = 125
+EXIT_CANNOT_EXECUTE = 126
+EXIT_NOT_FOUND = 127
+
+
+class VmjobError(Exception):
+    """Base of all errors of vmjob.
+
+    Parameters: ``message`` says what happened, in one sentence with the names that
+    matter; ``advice`` replaces the class's standing advice; ``context`` holds further
+    facts for logs and ``--json`` (JSON-compatible values only).
+    """
+
+    code: ClassVar[str] = "vmjob-error"
+    exit_code: ClassVar[int] = EXIT_VMJOB_FAILED
+    retryable: ClassVar[bool] = False
+    standing_advice: ClassVar[str] = "Run `vmjob doctor`; if it finds nothing, report this as a bug."
+
+    def __init__(self, message: str, *, advice: str | None = None, **context: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.advice = advice or self.standing_advice
+        self.context = context
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as JSON-compatible data: the form that ``--json`` prints."""
+        return {"code": self.code, "message": self.message, "advice": self.advice,
+                "retryable": self.retryable, "context": self.context}
+
+
+# -- the caller's input ----------------------------------------------------------------------
+
+
+class UsageError(VmjobError):
+    """The request cannot be carried out as it was put."""
+
+    code = "usage"
+    standing_advice = "Correct the request; `vmjob COMMAND --help` shows what is possible."
+
+
+class InputMissing(UsageError):
+    code = "input-missing"
+    standing_advice = "Check the path given with --in."
+
+
+class InputUnreadable(UsageError):
+    code = "input-unreadable"
+    standing_advice = "Give the user who runs vmjob the right to read it."
+
+
+class BadPath(UsageError):
+    code = "bad-path"
+    standing_advice = "Use a path inside the job's directory, without '..'."
+
+
+class WrongState(UsageError):
+    code = "wrong-state"
+    standing_advice = "Look at the machine's status, and call what that status allows."
+
+
+class NotSupported(UsageError):
+    code = "not-supported"
+    standing_advice = "See `capabilities` of the driver for what it can do."
+
+
+# -- this computer ---------------------------------------------------------------------------
+
+
+class HostError(VmjobError):
+    """This computer lacks something that the job needs."""
+
+    code = "host"
+
+
+class ProgramMissing(HostError):
+    code = "program-missing"
+    standing_advice = "Install the program named above (`vmjob doctor` names the package)."
+
+
+class QemuTooOld(HostError):
+    code = "qemu-too-old"
+    standing_advice = "Install QEMU 7.2 or newer."
+
+
+class AcceleratorUnusable(HostError):
+    code = "accelerator-unusable"
+    standing_advice = "Use --accel auto, or --accel tcg, which needs no hardware support."
+
+
+class HostDiskFull(HostError):
+    code = "host-disk-full"
+    retryable = True
+    standing_advice = "Free some disk space, or point VMJOB_HOME at a larger disk."
+
+
+class HostMemoryLow(HostError):
+    code = "host-memory-low"
+    retryable = True
+    standing_advice = "Close other programs, or give the machine less memory with --memory."
+
+
+class HomeUnusable(HostError):
+    code = "home-unusable"
+    standing_advice = "Point VMJOB_HOME at a directory that you own and may write to."
+
+
+class Busy(HostError):
+    code = "busy"
+    retryable = True
+    standing_advice = "Another vmjob process is at work on this; wait for it to end."
+
+
+# -- images ----------------------------------------------------------------------------------
+
+
+class ImageError(VmjobError):
+    """An image cannot be used."""
+
+    code = "image"
+
+
+class ImageMissing(ImageError):
+    code = "image-missing"
+    standing_advice = "`vmjob image list` shows what there is; `vmjob image build` makes one."
+
+
+class ImageCorrupt(ImageError):
+    code = "image-corrupt"
+    standing_advice = "Remove it with `vmjob image remove` and build it again."
+
+
+class ImageOutdated(ImageError):
+    code = "image-outdated"
+    standing_advice = "Build it again with `vmjob image build --force`."
+
+
+class ImageBuildFailed(ImageError):
+    code = "image-build-failed"
+    retryable = True
+    standing_advice = "Read the end of the build log above; a failed download may work again later."
+
+
+# -- the virtual machine ---------------------------------------------------------------------
+
+
+class MachineError(VmjobError):
+    """The virtual machine did not start, or ended by itself."""
+
+    code = "machine"
+    retryable = True
+
+
+class MachineStartFailed(MachineError):
+    code = "machine-start-failed"
+    standing_advice = "Run `vmjob doctor`; `--keep-on-failure` keeps the machine's logs."
+
+
+class BootTimeout(MachineError):
+    code = "boot-timeout"
+    standing_advice = "The computer may be overloaded: try again, or give it more time."
+
+
+class MachineDied(MachineError):
+    """The machine's process ended while a job ran: nobody knows how far the job got."""
+
+    code = "machine-died"
+    standing_advice = "Run the job again; `--keep-on-failure` keeps the machine's logs."
+
+
+class GuestPanic(MachineError):
+    code = "guest-panic"
+    standing_advice = "Give the machine more memory if the console speaks of memory; else report it."
+
+
+# -- inside the machine ----------------------------------------------------------------------
+
+
+class GuestError(VmjobError):
+    """The agent inside the machine broke the protocol, or refused a request."""
+
+    code = "guest"
+
+
+class AgentProtocol(GuestError):
+    code = "agent-protocol"
+    retryable = True
+    standing_advice = "The machine is no longer trustworthy: run the job again in a new one."
+
+
+class AgentVersion(GuestError):
+    code = "agent-version"
+    standing_advice = "Build the image again with `vmjob image build --force`."
+
+
+class AgentSilent(GuestError):
+    code = "agent-silent"
+    retryable = True
+    standing_advice = "The machine hangs, or the computer is overloaded: run the job again."
+
+
+class AgentLost(GuestError):
+    code = "agent-lost"
+    retryable = True
+    standing_advice = "Something inside the machine ended the agent: run the job again."
+
+
+class GuestRefused(GuestError):
+    """The agent answered a request with an error; ``context['reason']`` is its word for it."""
+
+    code = "guest-refused"
+    standing_advice = "Look at the path or the command named above."
+
+
+# -- the job ---------------------------------------------------------------------------------
+
+
+class JobError(VmjobError):
+    """The job ran, and something that was declared about it did not come true."""
+
+    code = "job"
+    standing_advice = "Look at the job's stderr."
+
+
+class CommandNotFound(JobError):
+    code = "command-not-found"
+    exit_code = EXIT_NOT_FOUND
+    standing_advice = "Give a program that is in the image, or bring it along with --in."
+
+
+class CommandNotExecutable(JobError):
+    code = "command-not-executable"
+    exit_code = EXIT_CANNOT_EXECUTE
+    standing_advice = "Check its mode (chmod +x), its first line, and that it is a Linux x86-64 program."
+
+
+class OutputMissing(JobError):
+    code = "output-missing"
+    standing_advice = "Check the name given with --out; paths are relative to the job's directory."
+
+
+class OutputUnsafe(JobError):
+    code = "output-unsafe"
+    standing_advice = "Outputs may hold files, directories and links that stay inside the output."
+
+
+class OutputTooLarge(JobError):
+    code = "output-too-large"
+    standing_advice = "Raise --output-limit, or write less."
+
+
+class TimeLimit(JobError):
+    code = "time-limit"
+    standing_advice = "Raise --time-limit, or give the job less to do."
+
+
+def all_errors() -> list[type[VmjobError]]:
+    """Every error class, parents before children: the source of the table in the docs."""
+
+    def below(cls: type[VmjobError]) -> list[type[VmjobError]]:
+        found = [cls]
+        for child in cls.__subclasses__():
+            found += below(child)
+        return found
+
+    return below(VmjobError)

@@ -1,0 +1,87 @@
+"""``VMJOB_HOME``: where vmjob keeps everything it owns, and who owns what in it.
+
+The layout is an interface; ``docs/reference/home.md`` describes each file.
+
+    images/NAME/        one image: manifest.json and its parts
+    machines/ID/        one machine, gone when its owner is
+    cache/              facts that can be found again (proved accelerators)
+    locks/              one file per thing that only one process may do
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmjob.errors import Busy, HomeUnusable
+
+__all__ = ["Home", "locked"]
+
+
+class Home:
+    """The directories below ``VMJOB_HOME``; made when first asked for, mode 0700.
+
+    ``root`` defaults to ``$VMJOB_HOME``, then ``$XDG_DATA_HOME/vmjob``, then
+    ``~/.local/share/vmjob``. Raises `HomeUnusable` when it cannot be made or written.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        self.root = Path(root) if root is not None else default_root()
+
+    @property
+    def images(self) -> Path:
+        return self._directory("images")
+
+    @property
+    def machines(self) -> Path:
+        return self._directory("machines")
+
+    @property
+    def cache(self) -> Path:
+        return self._directory("cache")
+
+    @property
+    def locks(self) -> Path:
+        return self._directory("locks")
+
+    def _directory(self, name: str) -> Path:
+        path = self.root / name
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HomeUnusable(f"cannot make {path}: {error.strerror}") from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise HomeUnusable(f"cannot write to {path}")
+        return path
+
+
+def default_root() -> Path:
+    """Where the home is when nobody says otherwise."""
+    if given := os.environ.get("VMJOB_HOME"):
+        return Path(given).absolute()
+    base = os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()
+    return Path(base).absolute() / "vmjob"
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path``; the kernel frees it when we die.
+
+    With ``wait`` false, raises `Busy` at once when another process holds it; ``what``
+    is the thing that is locked, for that message.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise Busy(f"{what} is in use by another vmjob process") from None
+        yield
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory of ours, whatever is in it; a missing one is fine."""
+    shutil.rmtree(path, ignore_errors=True)
