@@ -1,0 +1,46 @@
+"""Start the agent: on its virtio-serial ports in a machine, or on given descriptors in a test."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from .place import MACHINE, Place
+from .server import Agent
+from .wire import LANES, PORT_PREFIX
+
+PORTS = "/sys/class/virtio-ports"
+
+
+def find_ports() -> list[str]:
+    """Device paths of the lanes, in the order of `LANES`."""
+    names = {}
+    for port in os.listdir(PORTS):
+        with open(f"{PORTS}/{port}/name", encoding="ascii") as file:
+            names[file.read().strip()] = f"/dev/{port}"
+    return [names[PORT_PREFIX + lane] for lane in LANES]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until every lane is closed.
+
+    Without arguments: in a machine. Else: WORKDIR RUNDIR FD... for a process on the host.
+    """
+    if arguments:
+        place = Place(workdir=arguments[0], run=arguments[1], cgroup=None, user=None)
+        fds = [int(text) for text in arguments[2:]]
+    else:
+        place = MACHINE
+        fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in find_ports()]
+    agent = Agent(place)
+    lanes = [threading.Thread(target=agent.serve, args=(fd,)) for fd in fds]
+    for lane in lanes:
+        lane.start()
+    for lane in lanes:
+        lane.join()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,358 @@
+"""What the host can ask of a machine: the agent's requests as methods.
+
+One `AgentClient` per machine. It may be used by several tasks of one event loop.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, urlencode
+
+import anyio
+import msgspec
+
+from vmjob.errors import (AgentLost, AgentProtocol, AgentVersion, CommandNotExecutable,
+                          CommandNotFound, GuestRefused)
+from vmjob.guest.agent import wire
+from vmjob.guest.lane import DEADLINE, Lane, parse_object
+from vmjob.guest.transfer import Progress, Transfer
+
+__all__ = ["AgentClient", "Entry", "Hello", "Limits", "Sink", "TaskEnd"]
+
+#: Seconds that one long poll waits in the machine; then the host asks again.
+POLL = 50.0
+#: Undelivered output of one task that the host holds, bytes; the agent keeps the rest.
+HELD_OUTPUT = 1024 * 1024
+
+Stream = Literal["stdout", "stderr"]
+#: Takes output as it comes; the job waits while this does.
+Sink = Callable[[Stream, bytes], Awaitable[None]]
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """The agent's introduction. ``generation`` changes when the agent was started anew."""
+
+    protocol: int
+    oldest: int
+    generation: str
+    kernel: str
+    cpus: int
+    memory_bytes: int
+    workdir: str
+
+
+class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Limits of one command, kept by the guest's kernel; None: none of its own.
+
+    ``cpu_seconds`` of all its processes together; ``memory_bytes`` of all together, page
+    cache included; ``file_bytes`` of each file it writes; ``processes`` at one time.
+    """
+
+    cpu_seconds: float | None = None
+    memory_bytes: int | None = None
+    file_bytes: int | None = None
+    processes: int | None = None
+
+
+class TaskEnd(msgspec.Struct, frozen=True):
+    """How a command ended: exactly one of ``exit_code`` and ``signal`` is set.
+
+    ``ended_by`` names a cause other than the job's own: ``cpu-limit``, ``out-of-memory``, or
+    what `AgentClient.stop` was told. ``rusage`` holds the 16 ``ru_*`` values of getrusage(2) for
+    the first process and those it waited for; ``cpu_seconds`` and ``memory_peak_bytes`` are of
+    all processes, from the control group (None where there is none).
+    """
+
+    exit_code: int | None
+    signal: int | None
+    wall_seconds: float
+    rusage: dict[str, float]
+    ended_by: str | None
+    cpu_seconds: float | None
+    memory_peak_bytes: int | None
+    oom_kills: int
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One entry of a listing; ``size`` in bytes."""
+
+    name: str
+    type: str
+    size: int
+    mode: int
+    mtime_ns: int
+
+
+class _Follower:
+    """One task whose output somebody wants."""
+
+    def __init__(self) -> None:
+        self.offsets: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+        self.pending: list[tuple[Stream, bytes]] = []
+        self.held = 0
+        self.end: TaskEnd | None = None
+        self.lost = False
+
+
+class AgentClient:
+    """The agent of one machine, over its lanes (`wire.LANES`: name -> socket)."""
+
+    def __init__(self, lanes: Mapping[str, socket.socket]) -> None:
+        self._control = Lane(lanes["control"], "control")
+        self._output = Lane(lanes["output"], "output")
+        self._input = Lane(lanes["input"], "input")
+        self._transfer = Transfer(lanes["data"])
+        self._followers: dict[int, _Follower] = {}
+        self._polling = anyio.Lock()
+        self._epoch = -1
+        self._messages_seen = 0
+        self._message_sinks: list[Callable[[str], None]] = []
+        self._generation: str | None = None
+
+    def close(self) -> None:
+        """Close all lanes. The machine is not told: it is about to end."""
+        for lane in (self._control, self._output, self._input):
+            lane.close()
+        self._transfer.close()
+
+    # -- the agent itself ----------------------------------------------------------------------
+
+    async def hello(self, deadline: float) -> Hello:
+        """Wait until the agent answers (it may still be booting) and agree on the protocol.
+
+        Raises `AgentVersion` when host and image are too far apart.
+        """
+        answer = await self._control.request("GET", "/v1/hello", deadline=deadline)
+        hello = _convert(answer.json(), Hello)
+        if hello.protocol < wire.OLDEST_PROTOCOL or hello.oldest > wire.PROTOCOL_VERSION:
+            raise AgentVersion(f"the image's agent speaks protocol {hello.oldest} to "
+                               f"{hello.protocol}, this vmjob {wire.OLDEST_PROTOCOL} to "
+                               f"{wire.PROTOCOL_VERSION}")
+        self._generation = hello.generation
+        return hello
+
+    async def ping(self, deadline: float = DEADLINE) -> dict[str, Any]:
+        """Whether the agent is well; its clock, load and free memory.
+
+        Raises `AgentLost` when it is another one than said hello.
+        """
+        answer = (await self._control.request("GET", "/v1/ping", deadline=deadline)).json()
+        if self._generation and answer.get("generation") != self._generation:
+            raise AgentLost("the agent in the machine was replaced by another one")
+        return answer
+
+    async def grow_disk(self) -> int:
+        """Let the file system fill its disk; returns its size in bytes."""
+        answer = await self._control.request("POST", "/v1/disk", deadline=DEADLINE)
+        return _number(answer.json(), "size_bytes")
+
+    # -- commands ------------------------------------------------------------------------------
+
+    async def start(self, argv: list[str], *, env: Mapping[str, str] | None = None,
+                    cwd: str | None = None, user: str | None = None,
+                    limits: Limits | None = None, stdin: bool = False) -> int:
+        """Start a command; returns its number.
+
+        ``cwd`` and ``user`` default to the job's directory and the unprivileged user ``job``.
+        With ``stdin``, it reads what `feed` writes; else its input is empty. Raises
+        `CommandNotFound`, `CommandNotExecutable` or `GuestRefused`.
+        """
+        asked: dict[str, Any] = {"argv": argv, "stdin": "stream" if stdin else "none"}
+        if env:
+            asked["env"] = dict(env)
+        if cwd is not None:
+            asked["cwd"] = cwd
+        if user is not None:
+            asked["user"] = user
+        if limits is not None:
+            asked["limits"] = msgspec.to_builtins(limits)
+        try:
+            answer = (await self._control.request("POST", "/v1/tasks", asked)).json()
+        except GuestRefused as refused:
+            if refused.context["reason"] == "not-found":
+                raise CommandNotFound(refused.message.removeprefix("the machine refused: "),
+                                      argv=argv) from None
+            if refused.context["reason"] == "not-executable":
+                raise CommandNotExecutable(refused.message.removeprefix("the machine refused: "),
+                                           argv=argv) from None
+            raise
+        self._epoch = _number(answer, "epoch")
+        return _number(answer, "id")
+
+    async def follow(self, task: int, sink: Sink) -> TaskEnd:
+        """Hand a command's output to ``sink`` as it comes, every byte once; return its end."""
+        follower = self._followers.setdefault(task, _Follower())
+        try:
+            while True:
+                while follower.pending:
+                    stream, data = follower.pending.pop(0)
+                    follower.held -= len(data)
+                    await sink(stream, data)
+                if follower.lost:
+                    raise AgentLost(f"the agent no longer knows command {task}")
+                if follower.end is not None:
+                    return follower.end
+                async with self._polling:
+                    if not follower.pending and follower.end is None:
+                        await self._poll()
+        finally:
+            del self._followers[task]
+
+    async def feed(self, task: int, source: Callable[[], Awaitable[bytes]]) -> None:
+        """Write what ``source`` returns to a command's input until it returns b''.
+
+        Ends early, without an error, when the command reads no more.
+        """
+        offset = 0
+        is_open = True
+        while is_open:
+            data = await source()
+            while is_open:
+                piece = data[:wire.MAX_REQUEST_PIECE]
+                end = "" if data else "&end=1"
+                answer = (await self._input.request(
+                    "POST", f"/v1/tasks/{task}/stdin?offset={offset}{end}", piece)).json()
+                taken = _number(answer, "taken")
+                if not offset <= taken <= offset + len(piece):
+                    raise AgentProtocol("the agent took input that it was not given")
+                data = data[taken - offset:]
+                offset = taken
+                is_open = answer.get("open") is True
+                if not data:
+                    break
+            if end:
+                return
+
+    async def signal(self, task: int, number: int, *, why: str | None = None) -> None:
+        """Send a signal to all processes of a command; ``why`` becomes its ``ended_by``."""
+        query = urlencode({"number": number, **({"why": why} if why else {})})
+        await self._control.request("POST", f"/v1/tasks/{task}/signal?{query}")
+
+    async def forget(self, task: int) -> None:
+        """Free what the agent holds of a command that has ended."""
+        await self._control.request("DELETE", f"/v1/tasks/{task}")
+
+    # -- files -----------------------------------------------------------------------------------
+
+    async def put(self, source: Path, destination: str, progress: Progress | None = None) -> int:
+        """See `Transfer.put`."""
+        return await self._transfer.put(source, destination, progress)
+
+    async def get(self, source: str, destination: Path, *, limit: int,
+                  progress: Progress | None = None) -> int:
+        """See `Transfer.get`."""
+        return await self._transfer.get(source, destination, limit=limit, progress=progress)
+
+    async def ls(self, path: str = "") -> list[Entry]:
+        """The entries of a directory of the machine (of the job's directory by default)."""
+        answer = await self._control.request("GET", f"/v1/list?path={_quoted(path)}")
+        return _convert(answer.json().get("entries"), list[Entry])
+
+    async def mkdir(self, path: str) -> None:
+        """Make a directory and its parents; one that exists is fine."""
+        await self._control.request("POST", f"/v1/mkdir?path={_quoted(path)}")
+
+    async def delete(self, path: str) -> None:
+        """Remove a file, a link or a whole directory."""
+        await self._control.request("DELETE", f"/v1/files?path={_quoted(path)}")
+
+    # -- messages --------------------------------------------------------------------------------
+
+    async def message_to_guest(self, text: str) -> None:
+        """A line (at most `wire.MAX_MESSAGE` bytes) for the jobs to read."""
+        await self._control.request("POST", "/v1/messages", {"text": text})
+
+    def on_message(self, sink: Callable[[str], None]) -> None:
+        """Call ``sink`` with each line that a job sends, while a command is followed."""
+        self._message_sinks.append(sink)
+
+    async def poll_messages(self) -> None:
+        """Hand what jobs have sent so far to the sinks, without waiting."""
+        async with self._polling:
+            await self._poll(wait=0.0)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    async def _poll(self, wait: float = POLL) -> None:
+        """Ask once for news of every followed command."""
+        asked = {str(task): f.offsets for task, f in self._followers.items()
+                 if f.end is None and f.held < HELD_OUTPUT}
+        answer = await self._output.request(
+            "POST", "/v1/output",
+            {"tasks": asked, "messages_after": self._messages_seen, "wait_seconds": wait,
+             "epoch": self._epoch}, deadline=wait + DEADLINE)
+        line, newline, rest = answer.body.partition(b"\n")
+        if not newline:
+            raise AgentProtocol("an answer about output without its first line")
+        head = parse_object(line)
+        self._epoch = _number(head, "epoch")
+        told = head.get("tasks")
+        if not isinstance(told, dict):
+            raise AgentProtocol("an answer about output without tasks")
+        for key, news in told.items():
+            if key not in asked or not isinstance(news, dict):
+                raise AgentProtocol("output of a command that nobody asked about")
+            rest = self._take(int(key), news, rest)
+        self._take_messages(head.get("messages"))
+
+    def _take(self, task: int, news: dict[str, Any], rest: bytes) -> bytes:
+        follower = self._followers.get(task)
+        streams: tuple[Stream, Stream] = ("stdout", "stderr")
+        if news.get("unknown"):
+            if follower:
+                follower.lost = True
+            return rest
+        for stream in streams:
+            said = news.get(stream)
+            if not isinstance(said, dict):
+                raise AgentProtocol("output without its length")
+            offset, length = _number(said, "offset"), _number(said, "length")
+            data, rest = rest[:length], rest[length:]
+            if follower is None:
+                continue
+            if offset != follower.offsets[stream] or len(data) != length:
+                raise AgentProtocol("output with a gap")
+            if data:
+                follower.offsets[stream] += length
+                follower.held += length
+                follower.pending.append((stream, data))
+        if follower is not None and news.get("end") is not None:
+            follower.end = _convert(news["end"], TaskEnd)
+            _check_end(follower.end)
+        return rest
+
+    def _take_messages(self, said: object) -> None:
+        for number, text in _convert(said, list[tuple[int, str]]):
+            if number <= self._messages_seen:
+                continue
+            self._messages_seen = number
+            for sink in self._message_sinks:
+                sink(text[:wire.MAX_MESSAGE])
+
+
+def _check_end(end: TaskEnd) -> None:
+    """A result that can be true: a lie about it would become vmjob's own exit code."""
+    if (end.exit_code is None) == (end.signal is None) or not 0 <= (end.exit_code or 0) <= 255 \
+            or not 1 <= (end.signal or 1) <= 64:
+        raise AgentProtocol("a result that cannot be")
+
+
+def _convert(content: object, kind: Any) -> Any:
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise AgentProtocol(f"an answer that does not fit: {error}") from None
+
+
+def _number(content: dict[str, Any], key: str) -> int:
+    value = content.get(key)
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise AgentProtocol(f"an answer without {key!r}")
+    return value
+
+
+def _quoted(path: str) -> str:
+    return quote(path, safe="/", errors="surrogateescape")

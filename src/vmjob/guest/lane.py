@@ -1,0 +1,158 @@
+"""The host's end of one lane: requests with deadlines on an asyncio socket.
+
+The guest is hostile: every length is bounded (`wire`), every wait has a deadline, and
+what does not parse is an error, never a guess. A request that is cancelled or fails
+half-way leaves the lane *dirty*; the next one begins with a resynchronisation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+
+from vmjob.errors import AgentLost, AgentProtocol, AgentSilent, GuestRefused
+from vmjob.guest.agent import wire
+
+__all__ = ["DEADLINE", "Answer", "Lane", "refusal", "resync_message"]
+
+#: Seconds for an answer that needs no more than the agent's attention. Under TCG on a busy
+#: computer an answer takes milliseconds; a minute without one is a machine that hangs.
+DEADLINE = 60.0
+#: Bytes asked from the socket at once.
+RECEIVE = 256 * 1024
+
+
+class Answer:
+    """A complete response: ``body`` is at most `wire.MAX_RESPONSE_BODY` bytes."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status = status
+        self.body = body
+
+    def json(self) -> dict[str, Any]:
+        return parse_object(self.body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object from the guest; raises `AgentProtocol` for anything else."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise AgentProtocol("the agent's answer is not JSON") from None
+    if not isinstance(content, dict):
+        raise AgentProtocol("the agent's answer is not an object")
+    return content
+
+
+def refusal(status: int, body: bytes) -> GuestRefused:
+    """The error that an answer other than 200 stands for."""
+    said = parse_object(body)
+    reason, message = str(said.get("error", ""))[:40], str(said.get("message", ""))[:500]
+    return GuestRefused(f"the machine refused: {message or reason}", reason=reason, status=status)
+
+
+def resync_message() -> tuple[bytes, bytes]:
+    """What ends any exchange that was cut off, and the answer that proves it."""
+    nonce = os.urandom(wire.NONCE_LENGTH // 2).hex().encode()
+    return (wire.RESYNC_FILLER + wire.SYNC + nonce + b"\n", wire.SYNC_ACK + nonce + b"\n")
+
+
+class Lane:
+    """Requests on one lane, one at a time; callers queue."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        sock.setblocking(False)
+        self.name = name
+        self.received = 0
+        self.sent = 0
+        self._sock = sock
+        self._buffer = bytearray()
+        self._dirty = True
+        self._lock = anyio.Lock()
+
+    async def request(self, method: str, target: str, body: bytes | Mapping[str, Any] = b"", *,
+                      deadline: float = DEADLINE) -> Answer:
+        """Ask, and wait at most ``deadline`` seconds for the whole answer.
+
+        Raises `AgentSilent`, `AgentProtocol`, `AgentLost`, or `GuestRefused` when the agent
+        answers with an error.
+        """
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = wire.request_head(method, target, {"content-length": str(len(data))})
+        async with self._lock:
+            try:
+                with anyio.fail_after(deadline):
+                    if self._dirty:
+                        await self._resynchronise()
+                    self._dirty = True
+                    await self._send(head + data)
+                    answer = await self._receive_answer()
+                    self._dirty = False
+            except TimeoutError:
+                raise AgentSilent(f"no answer to {method} {target.partition('?')[0]} within "
+                                  f"{deadline:g} seconds") from None
+        if answer.status != 200:
+            raise refusal(answer.status, answer.body)
+        return answer
+
+    def close(self) -> None:
+        self._sock.close()
+
+    async def _resynchronise(self) -> None:
+        message, proof = resync_message()
+        self._buffer.clear()
+        # The filler fits into the socket's buffer, so this never waits for an agent that sends.
+        await self._send(message)
+        while (at := self._buffer.find(proof)) < 0:
+            del self._buffer[:max(0, len(self._buffer) - len(proof))]
+            await self._receive()
+        if at + len(proof) != len(self._buffer):
+            raise AgentProtocol("the agent speaks without being asked")
+        self._buffer.clear()
+        self._dirty = False
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+        except OSError as error:
+            raise AgentLost("the machine closed its end") from error
+        self.sent += len(data)
+
+    async def _receive(self) -> None:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._sock, RECEIVE)
+        except OSError as error:
+            raise AgentLost("the machine closed its end") from error
+        if not data:
+            raise AgentLost("the machine closed its end")
+        self.received += len(data)
+        self._buffer += data
+
+    async def _receive_answer(self) -> Answer:
+        while (end := self._buffer.find(b"\r\n\r\n", 0, wire.MAX_HEAD)) < 0:
+            if len(self._buffer) > wire.MAX_HEAD:
+                raise AgentProtocol("the agent's answer has a head without end")
+            await self._receive()
+        lines = bytes(self._buffer[:end]).split(b"\r\n")
+        try:
+            status = wire.parse_status_line(lines[0])
+            length = wire.parse_length(wire.parse_fields(lines[1:]), wire.MAX_RESPONSE_BODY)
+            if length is None:
+                raise wire.ProtocolError("a chunked answer where none is taken")
+        except wire.ProtocolError as error:
+            raise AgentProtocol(f"the agent broke the protocol: {error}") from None
+        total = end + 4 + length
+        while len(self._buffer) < total:
+            await self._receive()
+        if len(self._buffer) > total:
+            raise AgentProtocol("the agent speaks without being asked")
+        body = bytes(self._buffer[end + 4:total])
+        self._buffer.clear()
+        return Answer(status, body)
+
