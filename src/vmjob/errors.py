@@ -37,7 +37,7 @@ class VmjobError(Exception):
     code: ClassVar[str] = "vmjob-error"
     exit_code: ClassVar[int] = EXIT_VMJOB_FAILED
     retryable: ClassVar[bool] = False
-    standing_advice: ClassVar[str] = "Run `vmjob doctor`; if it finds nothing, report this as a bug."
+    standing_advice: ClassVar[str] = "Run `vmjob doctor`; if it finds nothing, report a bug."
 
     def __init__(self, message: str, *, advice: str | None = None, **context: Any) -> None:
         super().__init__(message)
@@ -192,7 +192,7 @@ class MachineDied(MachineError):
 
 class GuestPanic(MachineError):
     code = "guest-panic"
-    standing_advice = "Give the machine more memory if the console speaks of memory; else report it."
+    standing_advice = "If the console speaks of memory, give the machine more; else report a bug."
 
 
 # -- inside the machine ----------------------------------------------------------------------
@@ -253,7 +253,7 @@ class CommandNotFound(JobError):
 class CommandNotExecutable(JobError):
     code = "command-not-executable"
     exit_code = EXIT_CANNOT_EXECUTE
-    standing_advice = "Check its mode (chmod +x), its first line, and that it is a Linux x86-64 program."
+    standing_advice = "Check its mode (chmod +x), its first line, and that it is for Linux on x86-64."
 
 
 class OutputMissing(JobError):

@@ -8,14 +8,20 @@ from __future__ import annotations
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import anyio
 import msgspec
 
-from vmjob.errors import (AgentLost, AgentProtocol, AgentVersion, CommandNotExecutable,
-                          CommandNotFound, GuestRefused)
+from vmjob.errors import (
+    AgentLost,
+    AgentProtocol,
+    AgentVersion,
+    CommandNotExecutable,
+    CommandNotFound,
+    GuestRefused,
+)
 from vmjob.guest.agent import wire
 from vmjob.guest.lane import DEADLINE, Lane, parse_object
 from vmjob.guest.transfer import Progress, Transfer
@@ -27,6 +33,7 @@ POLL = 50.0
 #: Undelivered output of one task that the host holds, bytes; the agent keeps the rest.
 HELD_OUTPUT = 1024 * 1024
 
+T = TypeVar("T")
 Stream = Literal["stdout", "stderr"]
 #: Takes output as it comes; the job waits while this does.
 Sink = Callable[[Stream, bytes], Awaitable[None]]
@@ -340,7 +347,7 @@ def _check_end(end: TaskEnd) -> None:
         raise AgentProtocol("a result that cannot be")
 
 
-def _convert(content: object, kind: Any) -> Any:
+def _convert(content: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:

@@ -20,9 +20,20 @@ from urllib.parse import quote
 
 import anyio
 
-from vmjob.errors import (AgentLost, AgentProtocol, AgentSilent, BadPath, GuestRefused,
-                          HostDiskFull, InputMissing, InputUnreadable, OutputMissing,
-                          OutputTooLarge, OutputUnsafe, VmjobError)
+from vmjob.errors import (
+    AgentLost,
+    AgentProtocol,
+    AgentSilent,
+    BadPath,
+    GuestRefused,
+    HostDiskFull,
+    InputMissing,
+    InputUnreadable,
+    OutputMissing,
+    OutputTooLarge,
+    OutputUnsafe,
+    VmjobError,
+)
 from vmjob.guest.agent import wire
 from vmjob.guest.agent.channel import Channel, Closed, Interrupted, TimedOut
 from vmjob.guest.agent.tree import TreeError, TreeReceiver, send_tree
@@ -123,7 +134,7 @@ class Transfer:
         channel = self._channel
         channel.write(wire.request_head("PUT", target, {"transfer-encoding": "chunked"}))
         sent = 0
-        records = send_tree(source, wire.MAX_REQUEST_PIECE)
+        records = send_tree(os.fsencode(source), wire.MAX_REQUEST_PIECE)
         try:
             for record in records:
                 self._write_chunk(record)
@@ -131,7 +142,7 @@ class Transfer:
                 if progress:
                     progress(sent)
         except TreeError as error:
-            self._abort(error)
+            self._abort()
             raise InputUnreadable(f"cannot read {source}: {error.message}") from error
         channel.write(b"0\r\n\r\n")
         status, body = self._answer()
@@ -140,7 +151,7 @@ class Transfer:
         self._dirty = False
         return sent
 
-    def _abort(self, error: TreeError) -> None:
+    def _abort(self) -> None:
         """Tell the machine that no more comes, and take its refusal."""
         self._write_chunk(b"F{\"error\":\"aborted\"}")
         self._channel.write(b"0\r\n\r\n")

@@ -147,7 +147,7 @@ class Channel:
         """The next chunk of a chunked body, or None at its end; valid until the next read."""
         size = parse_chunk_size(self.line(), most)
         piece = self.exactly(size + 2)
-        if piece[size:] != b"\r\n":
+        if bytes(piece[size:]) != b"\r\n":
             raise ProtocolError("a chunk without its end")
         return piece[:size] if size else None
 

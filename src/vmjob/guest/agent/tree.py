@@ -23,7 +23,8 @@ import json
 import os
 import stat
 import struct
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from .wire import MAX_DEPTH
 

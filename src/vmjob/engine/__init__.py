@@ -1,0 +1,1 @@
+"""HOW: carries one job through its life on one machine. Knows no hypervisor."""

@@ -1,0 +1,93 @@
+"""Who owns a machine's directory, and the sweep of what owners left behind.
+
+An owner holds a lock on the directory's ``lock`` file; the kernel frees it when the
+owner dies, however it dies, so a recycled process id can never be mistaken for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmjob.errors import HomeUnusable, HostDiskFull
+from vmjob.home import Home, remove_tree
+
+__all__ = ["Leftover", "claim", "leftovers", "sweep"]
+
+LOCK = "lock"
+OWNER = "owner.json"
+#: Seconds for which a directory without a lock file is taken to be one that is just being made.
+NEWBORN = 60.0
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A machine's directory whose owner is gone."""
+
+    id: str
+    directory: Path
+
+
+@contextlib.contextmanager
+def claim(home: Home) -> Iterator[tuple[str, Path]]:
+    """A new machine's id and directory, ours until the block ends; then it is removed."""
+    machines = home.machines
+    name = secrets.token_hex(6)
+    directory = machines / name
+    try:
+        directory.mkdir(mode=0o700)
+        fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        (directory / OWNER).write_text(json.dumps(owner))
+    except OSError as error:
+        remove_tree(directory)
+        raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
+            f"cannot make a machine's directory in {machines}: {error.strerror}") from error
+    try:
+        yield name, directory
+    finally:
+        remove_tree(directory)
+        os.close(fd)
+
+
+def leftovers(home: Home) -> Iterator[Leftover]:
+    """Directories whose owner is gone; the lock of each is held while it is looked at."""
+    for directory in sorted(home.machines.iterdir()):
+        try:
+            fd = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except NotADirectoryError:
+            continue
+        except FileNotFoundError:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - directory.stat().st_mtime > NEWBORN:
+                    yield Leftover(directory.name, directory)
+            continue
+        except OSError:
+            continue  # another user's
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It may have been removed, and so given up, between opening and locking.
+            if (directory / LOCK).exists():
+                yield Leftover(directory.name, directory)
+        except BlockingIOError:
+            pass  # its owner lives
+        finally:
+            os.close(fd)
+
+
+def sweep(home: Home) -> list[Leftover]:
+    """Remove what dead owners left; a machine's process died with its owner."""
+    found = []
+    for leftover in leftovers(home):
+        remove_tree(leftover.directory)
+        found.append(leftover)
+    return found

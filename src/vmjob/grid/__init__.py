@@ -1,0 +1,1 @@
+"""FOR WHOM a job runs: a terminal, the BOINC client, a batch system."""

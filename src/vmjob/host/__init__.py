@@ -1,0 +1,1 @@
+"""Facts of this computer: what it has, what works, what is missing."""

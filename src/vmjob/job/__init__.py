@@ -1,0 +1,1 @@
+"""WHAT to run: a job and its tasks, as plain records. Imports nothing of ours but `errors`."""

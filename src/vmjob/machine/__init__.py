@@ -1,0 +1,1 @@
+"""WHERE a job runs: the driver contract, and one folder per hypervisor."""

@@ -1,0 +1,172 @@
+"""What a driver is: the code for one hypervisor, as the engine sees it.
+
+The same contract in words, with the order of calls and what each may assume, is
+``docs/reference/driver-contract.md``. One test suite (``tests/contract``) holds
+every driver to it. Differences between hypervisors are data (`Capabilities`):
+nobody asks "is it QEMU?".
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["BootParts", "Capabilities", "Driver", "Ended", "EndReason", "Machine", "MachineSpec",
+           "Status"]
+
+
+class Status(enum.StrEnum):
+    """Where a machine is in its life."""
+
+    CREATED = "created"  # made, not started; costs disk only
+    RUNNING = "running"
+    SUSPENDED = "suspended"  # stands still; keeps its memory, uses no CPU
+    STOPPED = "stopped"  # its process is gone, its directory is not
+    DESTROYED = "destroyed"  # nothing is left of it
+
+
+class EndReason(enum.StrEnum):
+    """Why a machine's process ended."""
+
+    ASKED = "asked"  # `Machine.stop` or `Machine.destroy`
+    POWERED_OFF = "powered-off"  # the guest switched itself off
+    PANIC = "panic"  # the guest's kernel gave up
+    RESET = "reset"  # the guest restarted itself, which ends a machine (its agent died)
+    NO_SPACE = "no-space"  # this computer had no room left for the machine's disk
+    CRASHED = "crashed"  # the hypervisor failed or was killed
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a machine; ``detail`` is a sentence for the user."""
+
+    reason: EndReason
+    detail: str
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a driver can do, as plain data.
+
+    ``suspend``: a machine can stand still and go on in the same process.
+    ``checkpoint``: memory, devices and disk can be kept and continued in a new process.
+    ``networks``: values of `MachineSpec.network` that it can give.
+    ``console``: the guest's console output is kept.
+    ``isolated``: the guest cannot reach the host but through its lanes; false for the fake,
+    whose jobs are processes of this computer.
+    """
+
+    suspend: bool
+    checkpoint: bool
+    networks: frozenset[str]
+    console: bool
+    isolated: bool
+
+
+@dataclass(frozen=True)
+class BootParts:
+    """The parts of an image that a machine boots from; none is ever written."""
+
+    kernel: Path
+    initrd: Path
+    root: Path
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What a machine is to be.
+
+    ``directory`` exists, is empty and belongs to this machine alone; everything the
+    driver writes is below it. ``memory_mb`` in MiB, ``disk_gb`` in GiB (the most that the
+    machine's disk writes may take). ``network`` is ``none`` or ``nat``. ``accelerator`` is one
+    that was proved to work.
+    """
+
+    id: str
+    directory: Path
+    boot: BootParts | None
+    memory_mb: int = 512
+    cpus: int = 1
+    disk_gb: int = 10
+    network: str = "none"
+    accelerator: str = "tcg"
+    cpu_model: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Machine(Protocol):
+    """One machine. Calls come one at a time, except `ended`, `console` and `get_status`."""
+
+    @property
+    def spec(self) -> MachineSpec: ...
+
+    async def start(self) -> Mapping[str, socket.socket]:
+        """Begin to run; returns the host's end of each lane (the caller closes them).
+
+        Returns when the machine has *begun*; it is ready when the agent answers. Raises
+        `MachineStartFailed`, `ProgramMissing`, `QemuTooOld`, `HostDiskFull`.
+        """
+        ...
+
+    async def suspend(self) -> None:
+        """Stand still. A machine that already does is left alone."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on after `suspend`. A machine that runs is left alone."""
+        ...
+
+    async def checkpoint(self, name: str) -> None:
+        """Keep memory, devices and disk as ``name`` and go on; `NotSupported` where not."""
+        ...
+
+    async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
+        """Start from a checkpoint instead of from the image; `NotSupported` where not."""
+        ...
+
+    async def stop(self) -> None:
+        """End the machine's process now. A machine that is not running is left alone."""
+        ...
+
+    async def destroy(self) -> None:
+        """`stop`, and remove everything. Idempotent, and never fails half-way."""
+        ...
+
+    def get_status(self) -> Status:
+        """Where it is in its life."""
+        ...
+
+    async def ended(self) -> Ended:
+        """Wait until the machine's process has ended, and say why."""
+        ...
+
+    def console(self) -> str:
+        """The last of the guest's console output, decoded leniently; '' where not kept."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-compatible facts for the job's record: hypervisor, version, accelerator, CPU."""
+        ...
+
+
+class Driver(Protocol):
+    """The code for one hypervisor."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def create(self, spec: MachineSpec) -> Machine:
+        """Make a machine from an image; nothing runs yet. Raises as `Machine.start` does."""
+        ...
+
+    async def load(self, spec: MachineSpec) -> Machine:
+        """Take up a machine that `create` made in ``spec.directory``, in a new process of ours."""
+        ...

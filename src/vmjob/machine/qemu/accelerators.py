@@ -1,0 +1,157 @@
+"""Which accelerators work, by proof: a short guest boot with a deadline.
+
+A device that opens proves nothing. On one computer of ours ``/dev/kvm`` opens, a VM
+can be created and the firmware runs, and still no Linux kernel gets past its first
+instructions; only a boot tells. The proof is kept for as long as its ground is the
+same: this boot of the computer, this QEMU, this device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from vmjob.errors import AcceleratorUnusable
+from vmjob.home import Home, locked
+from vmjob.host.facts import boot_id, device_identity
+from vmjob.machine.contract import BootParts
+from vmjob.machine.qemu import argv, programs
+
+__all__ = ["Proof", "candidates", "choose", "prove"]
+
+#: Seconds for the probe's boot: with working hardware support it takes well under one, and an
+#: accelerator that needs this long is not worth using.
+HARDWARE_DEADLINE = 10.0
+#: Seconds for the same under TCG, where a slow, loaded computer may need a minute.
+TCG_DEADLINE = 120.0
+#: Printed by the image's ramdisk when it was started with `PROBE_ARGUMENT`.
+PROBE_PROOF = b"vmjob-probe: ok"
+PROBE_ARGUMENT = "vmjob.probe"
+PROBE_MEMORY_MB = 128
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether an accelerator works, and how that is known; ``seconds`` the probe took."""
+
+    accelerator: str
+    works: bool
+    why: str
+    seconds: float = 0.0
+
+
+def candidates() -> list[str]:
+    """The accelerators of this kind of computer, the fastest first; `tcg` always last."""
+    hardware = {"Linux": ["kvm"], "Darwin": ["hvf"], "Windows": ["whpx"]}
+    return [*hardware.get(platform.system(), []), "tcg"]
+
+
+def probe_command(binary: str, accelerator: str, boot: BootParts) -> list[str]:
+    """A machine without disks that boots the image's kernel to its ramdisk and says so."""
+    accel = "tcg,thread=multi" if accelerator == "tcg" else accelerator
+    arguments = " ".join((*argv.KERNEL_ARGUMENTS, PROBE_ARGUMENT))
+    return [binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-sandbox", argv.SANDBOX, "-machine", argv.MACHINE, "-accel", accel,
+            "-cpu", argv.CPU_MODELS[accelerator], "-m", f"{PROBE_MEMORY_MB}M", "-nic", "none",
+            "-serial", "stdio", "-kernel", str(boot.kernel), "-initrd", str(boot.initrd),
+            "-append", arguments]
+
+
+async def prove(home: Home, accelerator: str, boot: BootParts, *, fresh: bool = False) -> Proof:
+    """Whether ``accelerator`` works; from the cache unless ``fresh`` or something changed."""
+    if accelerator == "kvm" and device_identity("/dev/kvm") is None:
+        why = ("this user may not open /dev/kvm" if Path("/dev/kvm").exists()
+               else "there is no /dev/kvm")
+        return Proof(accelerator, False, why)
+    binary = programs.find(programs.system_binary())
+    version = await anyio.to_thread.run_sync(programs.version, binary)
+    ground = "|".join((boot_id(), version, str(device_identity("/dev/kvm")), accelerator))
+    path = home.cache / f"accelerator-{accelerator}.json"
+    if not fresh and (known := _remembered(path, ground, accelerator)):
+        return known
+
+    def probe() -> Proof:
+        with locked(home.locks / f"probe-{accelerator}", wait=True, what="the probe"):
+            if not fresh and (other := _remembered(path, ground, accelerator)):
+                return other
+            found = _boot(binary, accelerator, boot)
+            _remember(path, ground, found)
+            return found
+
+    return await anyio.to_thread.run_sync(probe)
+
+
+async def choose(home: Home, wanted: str, boot: BootParts) -> Proof:
+    """The accelerator to use: ``wanted``, or for ``auto`` the first that is proved.
+
+    TCG is taken without a probe: it needs nothing of the computer, and there is nothing
+    below it. Raises `AcceleratorUnusable` when ``wanted`` does not work.
+    """
+    if wanted == "tcg":
+        return Proof("tcg", True, "asked for")
+    if wanted != "auto":
+        if wanted not in candidates():
+            raise AcceleratorUnusable(f"{wanted} is not an accelerator of this computer")
+        proof = await prove(home, wanted, boot)
+        if not proof.works:
+            raise AcceleratorUnusable(f"{wanted} does not work here: {proof.why}")
+        return proof
+    for name in candidates():
+        if name == "tcg":
+            break
+        proof = await prove(home, name, boot)
+        if proof.works:
+            return proof
+    return Proof("tcg", True, "no hardware accelerator works here")
+
+
+def _boot(binary: str, accelerator: str, boot: BootParts) -> Proof:
+    deadline = TCG_DEADLINE if accelerator == "tcg" else HARDWARE_DEADLINE
+    command = argv.guarded(probe_command(binary, accelerator, boot), os.getpid(),
+                           drop_capabilities=os.geteuid() == 0)
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=deadline, check=False)
+        output, errors, code = done.stdout, done.stderr, done.returncode
+        late = False
+    except subprocess.TimeoutExpired as expired:
+        output, errors, code = expired.stdout or b"", expired.stderr or b"", None
+        late = True
+    spent = time.monotonic() - began
+    if PROBE_PROOF in output:
+        return Proof(accelerator, True, f"a guest booted in {spent:.1f} s", spent)
+    text = errors.decode("utf-8", "replace").strip().splitlines()
+    if late:
+        why = f"a Linux kernel did not boot within {deadline:g} s"
+    elif text:
+        why = f"QEMU ended: {text[-1][:200]}"
+    else:
+        why = f"a Linux kernel did not boot (QEMU ended with status {code})"
+    return Proof(accelerator, False, why, spent)
+
+
+def _remembered(path: Path, ground: str, accelerator: str) -> Proof | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["ground"] == ground:
+            return Proof(accelerator, bool(content["works"]), str(content["why"]),
+                         float(content["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no proof, or a damaged one: prove again
+    return None
+
+
+def _remember(path: Path, ground: str, proof: Proof) -> None:
+    content = {"ground": ground, "works": proof.works, "why": proof.why, "seconds": proof.seconds}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,259 @@
+"""The QEMU driver: one process per machine, joined to us by socket pairs and nothing else.
+
+There are no socket files: every connection is one end of a socket pair that QEMU
+inherits, so nobody else can connect, no path can be too long, and all of it is
+gone with the two processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from vmjob.errors import HostDiskFull, MachineStartFailed, NotSupported, WrongState
+from vmjob.guest.agent.wire import LANES
+from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec, Status
+from vmjob.machine.qemu import argv, programs
+from vmjob.machine.qemu.console import Console
+from vmjob.machine.qemu.monitor import Monitor
+
+__all__ = ["QemuDriver", "QemuMachine"]
+
+#: Seconds for qemu-img to make an overlay (milliseconds, unless the disk is overloaded).
+OVERLAY_DEADLINE = 60.0
+#: Seconds from SIGKILL until a process must be gone.
+KILL_DEADLINE = 30.0
+#: Bytes of QEMU's own messages that are shown.
+STDERR_SHOWN = 2000
+
+
+class QemuDriver:
+    """Makes machines that are QEMU processes."""
+
+    name = "qemu"
+    capabilities = Capabilities(suspend=True, checkpoint=False,
+                                networks=frozenset({"none", "nat"}), console=True, isolated=True)
+
+    async def create(self, spec: MachineSpec) -> QemuMachine:
+        """Make the machine's overlay; nothing runs yet."""
+        if spec.boot is None:
+            raise WrongState("a QEMU machine needs an image")
+        machine = QemuMachine(spec)
+        await machine.make_overlay()
+        return machine
+
+    async def load(self, spec: MachineSpec) -> QemuMachine:
+        """Take up a machine whose overlay exists."""
+        machine = QemuMachine(spec)
+        if not machine.overlay.exists():
+            raise WrongState(f"there is no machine in {spec.directory}")
+        return machine
+
+
+class QemuMachine:
+    """One QEMU process and its overlay. Implements `vmjob.machine.contract.Machine`."""
+
+    def __init__(self, spec: MachineSpec) -> None:
+        self.spec = spec
+        self.overlay = spec.directory / "overlay.qcow2"
+        self._status = Status.CREATED
+        self._process: asyncio.subprocess.Process | None = None
+        self._monitor: Monitor | None = None
+        self._console: Console | None = None
+        self._asked_to_end = False
+        self._ended: asyncio.Task[Ended] | None = None
+        self._version: str | None = None
+
+    # -- the contract --------------------------------------------------------------------------
+
+    async def make_overlay(self) -> None:
+        """Make the thin writable disk."""
+        assert self.spec.boot is not None
+        command = argv.overlay_command(programs.find("qemu-img"), self.spec.boot.scratch,
+                                       self.overlay, self.spec.disk_gb)
+        with anyio.fail_after(OVERLAY_DEADLINE):
+            done = await anyio.run_process(command, check=False, stderr=subprocess.STDOUT)
+        if done.returncode != 0:
+            text = done.stdout.decode("utf-8", "replace").strip()
+            if "No space left" in text:
+                raise HostDiskFull(f"no room for a machine's disk: {text}")
+            raise MachineStartFailed(f"cannot make the machine's disk: {text}")
+
+    async def start(self) -> Mapping[str, socket.socket]:
+        if self._status is not Status.CREATED:
+            raise WrongState(f"the machine is {self._status}, not created")
+        binary = programs.find(programs.system_binary())
+        self._version = await anyio.to_thread.run_sync(programs.version, binary)
+        ours: dict[str, socket.socket] = {}
+        theirs: dict[str, socket.socket] = {}
+        for name in ("monitor", "console", *LANES):
+            ours[name], theirs[name] = socket.socketpair()
+        try:
+            fds = argv.Descriptors(theirs["monitor"].fileno(), theirs["console"].fileno(),
+                                   {name: theirs[name].fileno() for name in LANES})
+            command = argv.command_line(binary, self.spec, self.overlay, fds)
+            self._keep("argv.json", json.dumps(command, indent=1))
+            await self._spawn(command, [sock.fileno() for sock in theirs.values()])
+        except BaseException:
+            for sock in ours.values():
+                sock.close()
+            raise
+        finally:
+            for sock in theirs.values():
+                sock.close()
+        assert self._process is not None
+        self._status = Status.RUNNING
+        self._console = Console(ours["console"], self.spec.directory / "console.log")
+        self._monitor = Monitor(self.spec.id, self._process.kill)
+        self._ended = asyncio.get_running_loop().create_task(self._watch())
+        lanes = {name: ours[name] for name in LANES}
+        try:
+            await self._monitor.connect(ours["monitor"])
+        except Exception as error:
+            for sock in lanes.values():
+                sock.close()
+            await self.stop()
+            raise MachineStartFailed(f"QEMU did not start: {self._messages() or error}",
+                                     **self.facts()) from error
+        except BaseException:
+            for sock in lanes.values():
+                sock.close()
+            raise
+        return lanes
+
+    async def suspend(self) -> None:
+        if self._status is Status.SUSPENDED:
+            return
+        await self._running_monitor().execute("stop")
+        self._status = Status.SUSPENDED
+
+    async def resume(self) -> None:
+        if self._status is Status.RUNNING:
+            return
+        await self._running_monitor().execute("cont")
+        self._status = Status.RUNNING
+
+    async def checkpoint(self, name: str) -> None:
+        raise NotSupported("the QEMU driver does not make checkpoints yet")
+
+    async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
+        raise NotSupported("the QEMU driver does not make checkpoints yet")
+
+    async def stop(self) -> None:
+        if self._process is None or self._ended is None:
+            if self._status is Status.CREATED:
+                self._status = Status.STOPPED
+            return
+        self._asked_to_end = True
+        if self._process.returncode is None:
+            # A throw-away machine has nothing to save; SIGKILL cannot be blocked or delayed.
+            self._process.kill()
+        with anyio.CancelScope(shield=True), anyio.fail_after(KILL_DEADLINE):
+            await asyncio.shield(self._ended)
+
+    async def destroy(self) -> None:
+        with anyio.CancelScope(shield=True):
+            try:
+                await self.stop()
+            finally:
+                await anyio.to_thread.run_sync(
+                    lambda: shutil.rmtree(self.spec.directory, ignore_errors=True))
+                self._status = Status.DESTROYED
+
+    def get_status(self) -> Status:
+        return self._status
+
+    async def ended(self) -> Ended:
+        if self._ended is None:
+            raise WrongState("the machine was never started")
+        return await asyncio.shield(self._ended)
+
+    def console(self) -> str:
+        return self._console.text() if self._console else ""
+
+    def facts(self) -> dict[str, Any]:
+        return {"hypervisor": "qemu", "version": self._version,
+                "accelerator": self.spec.accelerator,
+                "cpu_model": self.spec.cpu_model or argv.CPU_MODELS[self.spec.accelerator],
+                "machine_type": argv.MACHINE.partition(",")[0],
+                "memory_mb": self.spec.memory_mb, "cpus": self.spec.cpus,
+                "disk_gb": self.spec.disk_gb, "network": self.spec.network}
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of QEMU, while it runs."""
+        return self._process.pid if self._process else None
+
+    def _running_monitor(self) -> Monitor:
+        if self._monitor is None or self._status not in (Status.RUNNING, Status.SUSPENDED):
+            raise WrongState(f"the machine is {self._status}, not running")
+        return self._monitor
+
+    async def _spawn(self, command: list[str], fds: list[int]) -> None:
+        programs.find("setpriv")
+        command = argv.guarded(command, os.getpid(), drop_capabilities=os.geteuid() == 0)
+        with (self.spec.directory / "qemu.log").open("wb") as log:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds,
+                    start_new_session=True)
+            except OSError as error:
+                raise MachineStartFailed(f"cannot start QEMU: {error.strerror}") from error
+
+    async def _watch(self) -> Ended:
+        """Wait for the process, settle the status, keep what a failure report needs."""
+        assert self._process is not None
+        assert self._monitor is not None
+        assert self._console is not None
+        code = await self._process.wait()
+        await self._console.close()
+        await self._monitor.close()
+        self._status = Status.STOPPED
+        self._keep("qmp.json", json.dumps(list(self._monitor.transcript), indent=1))
+        if self._monitor.out_of_space and not self._asked_to_end:
+            return Ended(EndReason.NO_SPACE, "there was no room left for the machine's disk in "
+                         f"{self.spec.directory}")
+        return explain_end(self._asked_to_end, code, self._monitor.shutdown_reason,
+                           self._console.text(), self._messages())
+
+    def _messages(self) -> str:
+        """What QEMU itself printed."""
+        try:
+            data = (self.spec.directory / "qemu.log").read_bytes()
+        except OSError:
+            return ""
+        return data[-STDERR_SHOWN:].decode("utf-8", "replace").strip()
+
+    def _keep(self, name: str, text: str) -> None:
+        try:
+            Path(self.spec.directory / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise HostDiskFull(f"cannot write {name}: {error.strerror}") from error
+
+
+def explain_end(asked: bool, code: int, reason: str | None, console: str, messages: str) -> Ended:
+    """Why a machine's process ended, from all that is known about it."""
+    if asked:
+        return Ended(EndReason.ASKED, "the machine was stopped")
+    if "Kernel panic" in console:
+        line = console[console.index("Kernel panic"):].partition("\n")[0]
+        return Ended(EndReason.PANIC, f"the machine's kernel gave up: {line[:200]}")
+    if reason == "guest-reset":
+        said = [line for line in console.splitlines() if "vmjob-init:" in line]
+        cause = said[-1].partition("vmjob-init:")[2].strip() if said else "it restarted itself"
+        return Ended(EndReason.RESET, f"the machine ended: {cause[:200]}")
+    if code == 0 and reason is not None:
+        return Ended(EndReason.POWERED_OFF, "the machine switched itself off")
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+    return Ended(EndReason.CRASHED, f"QEMU {how}" + (f": {messages}" if messages else ""))

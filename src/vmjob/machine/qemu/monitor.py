@@ -1,0 +1,90 @@
+"""QEMU's monitor: QMP commands with a deadline, and a bounded transcript of all that was said."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from vmjob.errors import MachineError
+
+__all__ = ["Monitor"]
+
+#: Seconds for a monitor command. QEMU answers in milliseconds unless the computer is overloaded.
+DEADLINE = 30.0
+#: Commands and events kept for a failure report.
+TRANSCRIPT = 500
+
+
+class Monitor:
+    """One QMP connection over a connected socket.
+
+    ``on_no_space`` is called when the machine was stopped because this computer's disk is full.
+    """
+
+    def __init__(self, name: str, on_no_space: Callable[[], None]) -> None:
+        self._client = QMPClient(name)
+        self._events = EventListener()
+        self._client.register_listener(self._events)
+        self._watch: asyncio.Task[None] | None = None
+        self.transcript: collections.deque[dict[str, Any]] = collections.deque(maxlen=TRANSCRIPT)
+        #: ``reason`` of the SHUTDOWN event, once it came.
+        self.shutdown_reason: str | None = None
+        #: Whether a write to the machine's disk found this computer's disk full.
+        self.out_of_space = False
+        self._on_no_space = on_no_space
+
+    async def connect(self, sock: socket.socket) -> None:
+        """Greet and negotiate; raises `MachineError` when QEMU does not answer."""
+        sock.setblocking(False)
+        try:
+            with anyio.fail_after(DEADLINE):
+                await self._client.connect(sock)
+        except (QMPError, OSError, TimeoutError) as error:
+            raise MachineError(f"QEMU's monitor does not answer: {error}") from error
+        self._watch = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        async for message in self._events:
+            event: dict[str, Any] = dict(message)
+            data: dict[str, Any] = event.get("data", {})
+            self._note("event", event)
+            if event.get("event") == "SHUTDOWN":
+                self.shutdown_reason = str(data.get("reason"))
+            elif event.get("event") == "BLOCK_IO_ERROR" and data.get("nospace"):
+                # QEMU has stopped the machine; on a full disk nobody would ever wake it.
+                self.out_of_space = True
+                self._on_no_space()
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command; raises `MachineError` when QEMU refuses it or is gone."""
+        self._note("command", {"execute": command, "arguments": arguments})
+        try:
+            with anyio.fail_after(DEADLINE):
+                answer = await self._client.execute(command, arguments or None)
+        except ExecuteError as error:
+            self._note("error", {"message": str(error)})
+            raise MachineError(f"QEMU refused {command}: {error}") from error
+        except (QMPError, OSError, TimeoutError) as error:
+            raise MachineError(f"QEMU did not answer {command}: {error}") from error
+        self._note("answer", {"return": answer})
+        return answer
+
+    async def close(self) -> None:
+        """Let go of the connection; QEMU may already be gone."""
+        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError):
+            with anyio.fail_after(DEADLINE):
+                await self._client.disconnect()
+        if self._watch:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+
+    def _note(self, kind: str, content: dict[str, Any]) -> None:
+        self.transcript.append({"at": round(time.time(), 3), kind: content})
