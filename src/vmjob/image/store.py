@@ -1,0 +1,225 @@
+"""Where images are: found, verified before they are used, built once, removed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmjob.errors import ImageCorrupt, ImageMissing, ImageOutdated
+from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
+from vmjob.home import Home, locked, remove_tree
+from vmjob.host.facts import boot_id
+from vmjob.image import manifest
+from vmjob.image.build import Progress, build
+from vmjob.image.manifest import Manifest
+from vmjob.image.recipe import Recipe, check_image_name
+
+__all__ = ["Image", "ImageStore"]
+
+_BUILDING = ".building-"
+_REPLACED = ".replaced-"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in the store. Its files are only ever read."""
+
+    name: str
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def kernel(self) -> Path:
+        return self._part("kernel")
+
+    @property
+    def initrd(self) -> Path:
+        return self._part("initrd")
+
+    @property
+    def root(self) -> Path:
+        return self._part("root")
+
+    @property
+    def scratch(self) -> Path:
+        return self._part("scratch")
+
+    def _part(self, name: str) -> Path:
+        return self.directory / self.manifest.parts[name].file
+
+
+class ImageStore:
+    """The images of one home."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def get(self, name: str) -> Image:
+        """An image by name, not verified; raises `ImageMissing` or `ImageCorrupt`."""
+        directory = self._home.images / check_image_name(name)
+        if not directory.is_dir():
+            raise ImageMissing(f"there is no image {name!r}")
+        return Image(name, directory, manifest.read(directory))
+
+    def list(self) -> list[Image]:
+        """All images that can be read, by name."""
+        found = []
+        for directory in sorted(self._home.images.iterdir()):
+            if not directory.name.startswith("."):
+                with contextlib.suppress(ImageCorrupt):
+                    found.append(Image(directory.name, directory, manifest.read(directory)))
+        return found
+
+    def verify(self, name: str) -> Image:
+        """Read every part and compare its checksum; raises `ImageCorrupt` naming the part."""
+        image = self.get(name)
+        for part_name, part in image.manifest.parts.items():
+            path = image.directory / part.file
+            try:
+                size = path.stat().st_size
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ImageCorrupt(f"image {name!r}: its {part_name} cannot be read: "
+                                   f"{error.strerror}", image=name, part=part_name) from error
+            if size != part.size:
+                raise ImageCorrupt(f"image {name!r}: its {part_name} has {size} bytes instead of "
+                                   f"{part.size}", image=name, part=part_name)
+            if digest != part.sha256:
+                raise ImageCorrupt(f"image {name!r}: its {part_name} was changed (checksum "
+                                   f"{digest[:12]} instead of {part.sha256[:12]})", image=name,
+                                   part=part_name)
+        return image
+
+    def verified(self, name: str) -> Image:
+        """An image that was verified since this computer started and was not touched since.
+
+        Costs a full read the first time, then a look at each file's size and times. Raises also
+        `ImageOutdated` for one whose agent this vmjob cannot talk to.
+        """
+        image = self.get(name)
+        if not OLDEST_PROTOCOL <= image.manifest.agent_protocol <= PROTOCOL_VERSION:
+            raise ImageOutdated(f"image {name!r} has an agent of protocol "
+                                f"{image.manifest.agent_protocol}; this vmjob speaks "
+                                f"{OLDEST_PROTOCOL} to {PROTOCOL_VERSION}")
+        seal = _seal(image)
+        path = self._home.cache / f"verified-{name}.json"
+        if _read_seal(path) != seal:
+            self.verify(name)
+            _write_seal(path, seal)
+        return image
+
+    def current(self, recipe: Recipe) -> Image | None:
+        """The image of this name when it was made from exactly this recipe and this vmjob."""
+        with contextlib.suppress(ImageMissing, ImageCorrupt):
+            image = self.get(recipe.name)
+            if image.manifest.recipe_digest == recipe.digest():
+                return image
+        return None
+
+    def ensure(self, recipe: Recipe, progress: Progress) -> Image:
+        """The image of this name if there is a usable one, else a new one.
+
+        One that another version of vmjob made is usable as long as its agent can be talked to.
+        When several processes ask at once, one builds and the others wait.
+        """
+
+        def usable() -> Image | None:
+            with contextlib.suppress(ImageMissing):
+                image = self.get(recipe.name)
+                if OLDEST_PROTOCOL <= image.manifest.agent_protocol <= PROTOCOL_VERSION:
+                    return image
+            return None
+
+        found = usable()
+        if found is None:
+            with self._building(recipe.name):
+                found = usable() or self._build(recipe, progress)
+        return found
+
+    def build(self, recipe: Recipe, progress: Progress) -> Image:
+        """Build anew, replacing an image of the same name once the new one is whole."""
+        with self._building(recipe.name):
+            return self._build(recipe, progress)
+
+    def remove(self, name: str) -> None:
+        """Remove an image; machines that run from it keep their open files."""
+        directory = self._home.images / check_image_name(name)
+        if not directory.exists():
+            raise ImageMissing(f"there is no image {name!r}")
+        with self._building(name):
+            self._discard(directory)
+            (self._home.cache / f"verified-{name}.json").unlink(missing_ok=True)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _building(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return locked(self._home.locks / f"image-{name}", wait=True, what=f"image {name!r}")
+
+    def _build(self, recipe: Recipe, progress: Progress) -> Image:
+        """Build beside, make durable, rename into place. The name's lock is held."""
+        for stale in (*self._home.images.glob(f"{_BUILDING}{recipe.name}"),
+                      *self._home.images.glob(f"{_REPLACED}{recipe.name}")):
+            remove_tree(stale)
+        beside = self._home.images / f"{_BUILDING}{recipe.name}"
+        target = self._home.images / recipe.name
+        # mmdebstrap without root works as another user, who must be able to pass through.
+        beside.mkdir(mode=0o755)
+        try:
+            made = build(recipe, beside, progress)
+            for path in beside.iterdir():
+                _fsync(path)
+            _fsync(beside)
+            if target.exists():
+                self._discard(target)
+            beside.rename(target)
+            _fsync(self._home.images)
+        except BaseException:
+            remove_tree(beside)
+            raise
+        return Image(recipe.name, target, made)
+
+    def _discard(self, directory: Path) -> None:
+        aside = directory.with_name(f"{_REPLACED}{directory.name}")
+        remove_tree(aside)
+        directory.rename(aside)
+        remove_tree(aside)
+
+
+def _seal(image: Image) -> dict[str, object]:
+    """What is equal as long as nobody touched the parts since this computer started."""
+    parts: dict[str, object] = {}
+    for name, part in image.manifest.parts.items():
+        try:
+            facts = (image.directory / part.file).stat()
+        except OSError as error:
+            raise ImageCorrupt(f"image {image.name!r}: its {name} cannot be read: "
+                               f"{error.strerror}", image=image.name, part=name) from error
+        parts[name] = [part.sha256, facts.st_ino, facts.st_size, facts.st_mtime_ns,
+                       facts.st_ctime_ns]
+    return {"boot": boot_id(), "parts": parts}
+
+
+def _read_seal(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_seal(path: Path, seal: dict[str, object]) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(seal), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
