@@ -18,8 +18,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vmjob.api import AsyncMachine, Machine, Result
     from vmjob.engine.record import Record
-    from vmjob.errors import (GuestError, HostError, ImageError, JobError, MachineError,
-                              UsageError, VmjobError)
+    from vmjob.errors import (
+        GuestError,
+        HostError,
+        ImageError,
+        JobError,
+        MachineError,
+        UsageError,
+        VmjobError,
+    )
     from vmjob.guest.client import Entry, Limits, TaskEnd
     from vmjob.job.model import Input, Job, Output, Task
 

@@ -178,7 +178,7 @@ class AsyncMachine:
                 await session.client.signal(task, signal.SIGKILL, why="time-limit")
                 raise TimeLimit(f"{argv[0]!r} did not end within {timeout:g} seconds",
                                 advice="Raise the timeout, or give the command less to do.")
-            await session.client.forget(task)
+            session.client.forget(task)
         return Result(end.exit_code if end.exit_code is not None else 128 + (end.signal or 0),
                       end.signal, bytes(caught["stdout"]), bytes(caught["stderr"]), truncated, end)
 

@@ -253,7 +253,7 @@ class CommandNotFound(JobError):
 class CommandNotExecutable(JobError):
     code = "command-not-executable"
     exit_code = EXIT_CANNOT_EXECUTE
-    standing_advice = "Check its mode (chmod +x), its first line, and that it is for Linux on x86-64."
+    standing_advice = "Check its mode (chmod +x), its first line, and that it is a Linux program."
 
 
 class OutputMissing(JobError):

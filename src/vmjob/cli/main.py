@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from typing import Any, NoReturn
 
@@ -101,4 +100,6 @@ def report(error: dict[str, Any]) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     """Machine-readable output: one JSON document on stdout."""
+    import json  # most calls print none
+
     click.echo(json.dumps(content, indent=2, ensure_ascii=False))

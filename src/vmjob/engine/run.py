@@ -175,7 +175,7 @@ async def _run_task(session: Session, job: Job, task: Task, grid: Grid, output: 
     async with beside(_feed(session, number, grid)), \
             beside(_enforce(session, number, job, output, deadline)):
         end = await client.follow(number, output.take)
-    await client.forget(number)
+    client.forget(number)
     return end
 
 

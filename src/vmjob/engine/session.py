@@ -24,7 +24,6 @@ from vmjob.errors import (
     MachineDied,
     VmjobError,
 )
-from vmjob.grid.contract import Quiet
 from vmjob.guest.client import AgentClient, Hello
 from vmjob.home import Home
 from vmjob.machine.contract import Driver, Ended, EndReason, Machine, MachineSpec
@@ -83,9 +82,13 @@ def end_error(ended: Ended, console: str) -> VmjobError:
                                                 console=tail)
 
 
+def _unheard(phase: str) -> None:
+    """A phase that nobody asked for."""
+
+
 @contextlib.asynccontextmanager
 async def open_session(home: Home, driver: Driver, shape: MachineSpec, *,
-                       on_phase: Callable[[str], None] = Quiet().phase,
+                       on_phase: Callable[[str], None] = _unheard,
                        keep: Path | None = None) -> AsyncIterator[Session]:
     """A fresh machine of the given shape, its agent answering; gone when the block ends.
 

@@ -115,6 +115,7 @@ class AgentClient:
         self._followers: dict[int, _Follower] = {}
         self._polling = anyio.Lock()
         self._epoch = -1
+        self._over: list[int] = []
         self._messages_seen = 0
         self._message_sinks: list[Callable[[str], None]] = []
         self._generation: str | None = None
@@ -168,6 +169,8 @@ class AgentClient:
         `CommandNotFound`, `CommandNotExecutable` or `GuestRefused`.
         """
         asked: dict[str, Any] = {"argv": argv, "stdin": "stream" if stdin else "none"}
+        if self._over:
+            asked["forget"], self._over = self._over, []
         if env:
             asked["env"] = dict(env)
         if cwd is not None:
@@ -238,9 +241,9 @@ class AgentClient:
         query = urlencode({"number": number, **({"why": why} if why else {})})
         await self._control.request("POST", f"/v1/tasks/{task}/signal?{query}")
 
-    async def forget(self, task: int) -> None:
-        """Free what the agent holds of a command that has ended."""
-        await self._control.request("DELETE", f"/v1/tasks/{task}")
+    def forget(self, task: int) -> None:
+        """Let the agent free what it holds of a command that has ended, with the next `start`."""
+        self._over.append(task)
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 
+from .data import DataServer
+from .loop import READ
 from .place import MACHINE, Place
 from .server import Agent
 from .wire import LANES, PORT_PREFIX
@@ -33,12 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         place = MACHINE
         fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in find_ports()]
+    control, output, stdin, data = fds
+    server = os.fork()
+    if server == 0:
+        for fd in (control, output, stdin):
+            os.close(fd)
+        DataServer(place).serve(data)
+        os._exit(0)
+    os.close(data)
     agent = Agent(place)
-    lanes = [threading.Thread(target=agent.serve, args=(fd,)) for fd in fds]
-    for lane in lanes:
-        lane.start()
-    for lane in lanes:
-        lane.join()
+    # One without the other is no agent; when it ends, so does the machine.
+    agent.loop.watch(os.pidfd_open(server), READ, lambda events: sys.exit(3))
+    agent.serve(control, output, stdin)
     return 0
 
 

@@ -184,12 +184,3 @@ class Channel:
     def interrupted(self) -> bool:
         """Whether the peer has said something that nobody has read yet."""
         return self._start < self._end or bool(self._wait(select.POLLIN, 0) & select.POLLIN)
-
-    def wait_with(self, other: int, seconds: float) -> None:
-        """Wait until descriptor ``other`` is readable; raises `Interrupted` when we are."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
-        poll.register(other, select.POLLIN)
-        ready = poll.poll(int(seconds * 1000) + 1)
-        if any(fd == self.fd for fd, _ in ready):
-            raise Interrupted

@@ -9,6 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import resource
+
+#: (name, uid, gid, home, all groups) of a user.
+Account = tuple[str, int, int, str, list[int]]
 
 #: Memory kept from all jobs together for the kernel and the agent, bytes. With less, a job that
 #: takes everything it can get starves the agent (seen at 8 MiB in a 128 MiB machine).
@@ -23,6 +27,7 @@ class Place:
         self.run = run
         self.cgroup = cgroup
         self.user = user
+        self._default: Account | None = None
         self.to_host = os.path.join(run, "to-host")
         self.from_host = os.path.join(run, "from-host")
 
@@ -38,6 +43,9 @@ class Place:
         if self.cgroup:
             self._prepare_cgroup(self.cgroup)
             write_file("/proc/self/oom_score_adj", "-1000")
+        # Inherited by every job.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.umask(0o022)
 
     def _prepare_cgroup(self, path: str) -> None:
         write_file(os.path.join(os.path.dirname(path), "cgroup.subtree_control"),
@@ -55,16 +63,23 @@ class Place:
         """A path of a request: relative ones start in the job's directory."""
         return os.path.join(self.workdir, path)
 
-    def account(self, name: str | None) -> tuple[str, int, int, str] | None:
-        """(name, uid, gid, home) of a user by name or number; None: stay who we are.
+    def account(self, name: str | None) -> Account | None:
+        """A user by name or number; None: stay who we are.
 
         Raises `KeyError` for one that does not exist.
         """
         wanted = name or self.user
         if wanted is None:
             return None
+        # The default user is fixed in the image; looking it up costs 1 ms under emulation.
+        if wanted == self.user and self._default:
+            return self._default
         entry = pwd.getpwuid(int(wanted)) if wanted.isdecimal() else pwd.getpwnam(wanted)
-        return entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir
+        found = (entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir,
+                 os.getgrouplist(entry.pw_name, entry.pw_gid))
+        if wanted == self.user:
+            self._default = found
+        return found
 
     def owner(self) -> tuple[int, int] | None:
         """Who owns the files that the host puts."""

@@ -1,23 +1,28 @@
 """Start one process as a job's first: its user, limits, directory and descriptors.
 
-`os.fork` with Python code in the child, because control groups, limits and a
-change of user are all needed before the program starts; the child calls nothing
-that takes a lock. (Measured under TCG: 4 ms; a chain of helper programs costs 3 to
-5 ms each.)
+The child runs no Python: under emulation each page that Python touches after a fork costs a
+fault, and a child that prepares itself in Python takes 9 ms where this takes 5
+(docs/decisions/003-agent-without-threads.md). What the child must inherit and `subprocess`
+cannot set, the agent takes on itself around the fork: it is alone on its thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
-import signal
+import subprocess
+from collections.abc import Iterator
 
-from .place import write_file
+from .place import Account, write_file
 
 
 class CannotStart(Exception):
-    """The program cannot be started; ``reason`` is ``not-found`` or ``not-executable``."""
+    """The program cannot be started.
+
+    ``reason`` is ``not-found``, ``not-executable``, ``no-directory`` or ``setup``.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -25,90 +30,99 @@ class CannotStart(Exception):
         self.message = message
 
 
-class Child:
-    """All that the child needs, prepared before the fork."""
+class Limits:
+    """Per-process limits; the control group keeps the others. None: no limit."""
 
-    def __init__(self, argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],
-                 account: tuple[str, int, int, str] | None, limits: list[tuple[int, int]],
-                 cgroup: str | None) -> None:
-        self.argv = argv
-        self.env = env
-        self.cwd = cwd
-        self.stdio = stdio
-        self.account = account
-        self.limits = limits
-        self.cgroup = cgroup
-        self.groups = os.getgrouplist(account[0], account[2]) if account else None
+    def __init__(self, cpu_seconds: int | None, file_bytes: int | None) -> None:
+        self.cpu_seconds = cpu_seconds
+        self.file_bytes = file_bytes
 
-    def start(self) -> int:
-        """Fork and execute; the pid once the program runs; raises `CannotStart`."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                self._become(writer)
-        finally:
-            os.close(writer)
-        try:
-            report = os.read(reader, 100).decode()
-        finally:
-            os.close(reader)
-        if report:
-            # Whoever reaps all children reaps this one too.
-            stage, number = report.split()
-            raise self._cause(stage, int(number))
-        return pid
 
-    def _become(self, report: int) -> None:
-        stage = "setup"
-        try:
-            os.setsid()
-            if self.cgroup:
-                write_file(self.cgroup + "/cgroup.procs", "0")
-                write_file("/proc/self/oom_score_adj", "0")
-            for target, fd in enumerate(self.stdio):
-                os.dup2(fd, target, inheritable=True)
-            for which in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(which, signal.SIG_DFL)
-            os.umask(0o022)
-            for kind, value in self.limits:
-                resource.setrlimit(kind, (value, value))
-            if self.account:
-                os.setgroups(self.groups or [])
-                os.setgid(self.account[2])
-                os.setuid(self.account[1])
-            stage = "cwd"
-            os.chdir(self.cwd)
-            stage = "exec"
-            self._execute()
-        except OSError as error:
-            os.write(report, f"{stage} {error.errno or 0}".encode())
-        finally:
-            os._exit(127)
+def start(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],
+          account: Account | None, limits: Limits, cgroup: str | None, *, alone: bool) -> int:
+    """Start a program; its pid once it runs. The caller reaps it. Raises `CannotStart`.
 
-    def _execute(self) -> None:
-        program = self.argv[0]
-        if "/" in program:
-            os.execve(program, self.argv, self.env)
-        worst = errno.ENOENT
-        for directory in self.env.get("PATH", os.defpath).split(":"):
-            try:
-                os.execve(os.path.join(directory or ".", program), self.argv, self.env)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    worst = error.errno or worst
-        raise OSError(worst, os.strerror(worst))
+    ``alone``: no process of any job is alive. Then the agent itself takes on the job's user around
+    the fork, which makes it a vfork and 4 ms cheaper under emulation; with others alive it never
+    does, because they could send it signals in that moment.
+    """
+    direct = account if account and not alone else None
+    try:
+        with _inside(cgroup), _file_limit(limits.file_bytes), _acting_as(account, alone):
+            process = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2],
+                start_new_session=True,
+                user=direct[1] if direct else None, group=direct[2] if direct else None,
+                extra_groups=direct[4] if direct else None)
+    except OSError as error:
+        raise _cause(argv[0], cwd, error) from error
+    # We wait for the child ourselves, for its resource usage; `subprocess` must not.
+    process.returncode = 0
+    if limits.cpu_seconds is not None:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
+    return process.pid
 
-    def _cause(self, stage: str, number: int) -> CannotStart:
-        program = self.argv[0]
-        if stage == "cwd":
-            return CannotStart("no-directory", f"cannot enter {self.cwd!r}: {os.strerror(number)}")
-        if stage == "setup":
-            return CannotStart("setup", f"cannot prepare the process: {os.strerror(number)}")
-        if number == errno.ENOENT:
-            if "/" in program and os.path.lexists(os.path.join(self.cwd, program)):
-                return CannotStart("not-executable",
-                                   f"{program!r} is there, but the interpreter or loader that it "
-                                   "names is not")
-            return CannotStart("not-found", f"there is no program {program!r} in the machine")
-        return CannotStart("not-executable", f"cannot execute {program!r}: {os.strerror(number)}")
+
+@contextlib.contextmanager
+def _inside(cgroup: str | None) -> Iterator[None]:
+    """Be in a control group, and as killable as a job, while a child is made there."""
+    if cgroup is None:
+        yield
+        return
+    home = os.path.dirname(os.path.dirname(cgroup))
+    write_file("/proc/self/oom_score_adj", "0")
+    write_file(cgroup + "/cgroup.procs", "0")
+    try:
+        yield
+    finally:
+        write_file(home + "/cgroup.procs", "0")
+        write_file("/proc/self/oom_score_adj", "-1000")
+
+
+@contextlib.contextmanager
+def _acting_as(account: Account | None, alone: bool) -> Iterator[None]:
+    """Be a user for whom a program is executed, able to return: the saved ids stay root's.
+
+    The program gets no saved ids of root: execve copies the effective ones (credentials(7)).
+    """
+    if account is None or not alone or os.geteuid() != 0:
+        yield
+        return
+    os.setgroups(account[4])
+    os.setresgid(account[2], account[2], 0)
+    os.setresuid(account[1], account[1], 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups([0])
+
+
+@contextlib.contextmanager
+def _file_limit(size: int | None) -> Iterator[None]:
+    """Have a file size limit while a child is made that inherits it."""
+    if size is None:
+        yield
+        return
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def _cause(program: str, cwd: str, error: OSError) -> CannotStart:
+    text = error.strerror or str(error)
+    if error.filename == cwd and not os.path.isdir(cwd):
+        return CannotStart("no-directory", f"cannot enter {cwd!r}: {text}")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if "/" in program and os.path.lexists(os.path.join(cwd, program)):
+            return CannotStart("not-executable", f"{program!r} is there, but the interpreter or "
+                               "loader that it names is not")
+        return CannotStart("not-found", f"there is no program {program!r} in the machine")
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return CannotStart("setup", f"cannot start {program!r}: {text}")
+    return CannotStart("not-executable", f"cannot execute {program!r}: {text}")
