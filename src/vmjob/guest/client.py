@@ -345,8 +345,9 @@ class AgentClient:
 
 def _check_end(end: TaskEnd) -> None:
     """A result that can be true: a lie about it would become vmjob's own exit code."""
-    if (end.exit_code is None) == (end.signal is None) or not 0 <= (end.exit_code or 0) <= 255 \
-            or not 1 <= (end.signal or 1) <= 64:
+    exited = end.exit_code is not None and 0 <= end.exit_code <= 255
+    killed = end.signal is not None and 1 <= end.signal <= 64
+    if exited == killed or (end.exit_code is None) == (end.signal is None):
         raise AgentProtocol("a result that cannot be")
 
 

@@ -22,6 +22,7 @@ import anyio.to_thread
 from vmjob.errors import AcceleratorUnusable
 from vmjob.home import Home, locked
 from vmjob.host.facts import boot_id, device_identity
+from vmjob.host.guard import guarded
 from vmjob.machine.contract import BootParts
 from vmjob.machine.qemu import argv, programs
 
@@ -115,7 +116,7 @@ async def choose(home: Home, wanted: str, boot: BootParts) -> Proof:
 
 def _boot(binary: str, accelerator: str, boot: BootParts) -> Proof:
     deadline = TCG_DEADLINE if accelerator == "tcg" else HARDWARE_DEADLINE
-    command = argv.guarded(probe_command(binary, accelerator, boot), os.getpid(),
+    command = guarded(probe_command(binary, accelerator, boot), os.getpid(),
                            drop_capabilities=os.geteuid() == 0)
     began = time.monotonic()
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from vmjob.guest.agent.wire import LANES, PORT_PREFIX
 from vmjob.machine.contract import MachineSpec
 
-__all__ = ["Descriptors", "command_line", "guarded", "kernel_arguments", "overlay_command"]
+__all__ = ["Descriptors", "command_line", "kernel_arguments", "overlay_command"]
 
 #: Kernel parameters of every machine. ``panic=-1`` restarts at once, which ends the machine;
 #: leaving out self-tests and idle serial ports saves 0.3 s of a 1.6 s boot under TCG (measured).
@@ -34,11 +34,6 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 #: Host CPU for hardware accelerators; for TCG everything it can emulate, except ``rep movsb``
 #: being announced as fast: TCG runs it byte by byte, and copies are 3 times slower (measured).
 CPU_MODELS = {"tcg": "max,erms=off,fsrm=off", "kvm": "host", "hvf": "host", "whpx": "max"}
-
-#: Kills the process when the thread that started it ends; then makes sure that this has not
-#: happened already (the parent would be another process by now) and becomes the program.
-_GUARD = '[ "$PPID" = "$0" ] && exec "$@"'
-
 
 @dataclass(frozen=True)
 class Descriptors:
@@ -111,16 +106,6 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
         "-device", "virtio-rng-pci,rng=rng0",
         *_network(spec.network),
     ]
-
-
-def guarded(argv: list[str], owner: int, *, drop_capabilities: bool) -> list[str]:
-    """A command that is killed when its owner (a process id) dies, however it dies.
-
-    Linux only (setpriv of util-linux). As root, all capabilities are dropped as well.
-    """
-    dropped = ["--bounding-set=-all", "--inh-caps=-all"] if drop_capabilities else []
-    return ["setpriv", "--pdeathsig", "KILL", "--no-new-privs", *dropped, "--",
-            "/bin/sh", "-c", _GUARD, str(owner), *argv]
 
 
 def overlay_command(binary: str, base: Path, overlay: Path, size_gb: int) -> list[str]:

@@ -21,6 +21,7 @@ import anyio
 
 from vmjob.errors import HostDiskFull, MachineStartFailed, NotSupported, WrongState
 from vmjob.guest.agent.wire import LANES
+from vmjob.host.guard import guarded
 from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec, Status
 from vmjob.machine.qemu import argv, programs
 from vmjob.machine.qemu.console import Console
@@ -202,7 +203,7 @@ class QemuMachine:
 
     async def _spawn(self, command: list[str], fds: list[int]) -> None:
         programs.find("setpriv")
-        command = argv.guarded(command, os.getpid(), drop_capabilities=os.geteuid() == 0)
+        command = guarded(command, os.getpid(), drop_capabilities=os.geteuid() == 0)
         with (self.spec.directory / "qemu.log").open("wb") as log:
             try:
                 self._process = await asyncio.create_subprocess_exec(

@@ -1,0 +1,9 @@
+"""A machine without a virtual machine: the real agent as a process of this computer.
+
+For tests, of vmjob and of programs that use it: it starts in a tenth of a second and passes the
+same contract tests as a hypervisor. It isolates nothing: jobs are processes of this computer.
+"""
+
+from vmjob.machine.fake.driver import FakeDriver, FakeMachine, Faults
+
+__all__ = ["FakeDriver", "FakeMachine", "Faults"]

@@ -1,0 +1,159 @@
+"""Fixtures in layers: a home, an image, a machine; and the check that nothing is left over."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vmjob.home import Home, remove_tree
+from vmjob.image.recipe import Recipe
+from vmjob.image.store import Image, ImageStore
+from vmjob.machine.contract import BootParts, MachineSpec
+
+#: Inherited by everything that this session starts.
+TOKEN = secrets.token_hex(8)
+#: Seconds that processes of a finished test may take to go.
+GONE_DEADLINE = 10.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def session_processes() -> list[psutil.Process]:
+    """Living processes that descend from this session, even when their parents are gone."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("VMJOB_TEST_TOKEN") == TOKEN and process.pid != os.getpid() \
+                    and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still there after the deadline."""
+    return psutil.wait_procs(processes, timeout=GONE_DEADLINE)[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """After the whole session: no process of it, and nothing of ours outside the homes."""
+    os.environ["VMJOB_TEST_TOKEN"] = TOKEN
+    before = ours_outside()
+    yield
+    left = wait_until_gone(session_processes())
+    assert not left, f"processes are left: {left}"
+    assert ours_outside() <= before, "files are left outside VMJOB_HOME"
+
+
+def ours_outside() -> set[str]:
+    """Files with our names where temporary and user data go."""
+    places = [Path(tempfile.gettempdir()), Path("/dev/shm"), Path("/run"),
+              Path("~/.local/share").expanduser(), Path.cwd()]
+    patterns = ("vmjob*", ".vmjob*", "mmdebstrap*")
+    return {str(path) for place in places for pattern in patterns for path in place.glob(pattern)}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home of the test's own."""
+    monkeypatch.setenv("VMJOB_HOME", str(tmp_path / "home"))
+    return Home()
+
+
+@pytest.fixture
+def fake_shape(home: Home) -> MachineSpec:
+    return MachineSpec(id="", directory=home.root, boot=None)
+
+
+@pytest.fixture(scope="session")
+def image_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """The home that holds this session's images; ``VMJOB_TEST_HOME`` keeps it between sessions."""
+    given = os.environ.get("VMJOB_TEST_HOME")
+    home = Home(given or tmp_path_factory.mktemp("images"))
+    yield home
+    if not given:
+        remove_tree(home.root)
+
+
+@pytest.fixture(scope="session")
+def default_image(image_home: Home) -> Image:
+    """The default image, built from this checkout."""
+    store = ImageStore(image_home)
+    recipe = Recipe()
+    return store.current(recipe) or store.build(recipe, lambda fraction, text: None)
+
+
+#: The packages of the real programs whose answers are known.
+SCIENCE = ("bc", "clustalo", "hmmer", "hmmer-examples", "pari-gp", "primecount-bin",
+           "primesieve-bin")
+
+
+@pytest.fixture(scope="session")
+def science_image(image_home: Home) -> Image:
+    """An image with real programs."""
+    store = ImageStore(image_home)
+    recipe = Recipe("science", packages=SCIENCE)
+    return store.current(recipe) or store.build(recipe, lambda fraction, text: None)
+
+
+def boot_parts(image: Image) -> BootParts:
+    return BootParts(image.kernel, image.initrd, image.root, image.scratch)
+
+
+@pytest.fixture
+def vm_home(home: Home, default_image: Image) -> Home:
+    """A home of the test's own with the session's default image in it, by links to its parts."""
+    lend(default_image, home)
+    return home
+
+
+def lend(image: Image, home: Home) -> None:
+    """Make an image of the session usable in another home, without copying it."""
+    target = home.images / image.name
+    target.mkdir()
+    for path in image.directory.iterdir():
+        os.link(path, target / path.name)
+
+
+@pytest.fixture
+def vm_shape(vm_home: Home, default_image: Image) -> MachineSpec:
+    return MachineSpec(id="", directory=vm_home.root, boot=boot_parts(default_image),
+                       memory_mb=256, accelerator="tcg")
+
+
+@pytest.fixture
+def no_virtual_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit tests never start a virtual machine."""
+
+    def refuse(*args: object) -> str:
+        raise AssertionError("a unit test starts a virtual machine")
+
+    monkeypatch.setattr("vmjob.machine.qemu.programs.find", refuse)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/tests/unit/" in str(item.path):
+            item.add_marker(pytest.mark.usefixtures("no_virtual_machines"))
+
+
+def eventually(condition: object, seconds: float = 10.0) -> bool:
+    """Wait for something that the operating system announces to nobody."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.01)
+    return False

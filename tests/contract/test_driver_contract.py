@@ -1,0 +1,260 @@
+"""One suite for every driver: what docs/reference/driver-contract.md promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from tests.conftest import boot_parts, eventually, lend
+from vmjob.errors import NotSupported, VmjobError, WrongState
+from vmjob.guest.client import AgentClient
+from vmjob.home import Home
+from vmjob.machine.contract import Driver, EndReason, Machine, MachineSpec, Status
+from vmjob.machine.fake import FakeDriver
+from vmjob.machine.qemu.driver import QemuDriver
+
+pytestmark = pytest.mark.anyio
+
+#: Seconds for a machine's agent to answer; TCG on a loaded computer.
+BOOT = 120.0
+
+
+@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.vm)])
+def driver(request: pytest.FixtureRequest) -> Driver:
+    return FakeDriver() if request.param == "fake" else QemuDriver()
+
+
+@pytest.fixture
+def spec(driver: Driver, home: Home, request: pytest.FixtureRequest) -> MachineSpec:
+    directory = home.machines / "m1"
+    directory.mkdir()
+    if driver.name == "fake":
+        return MachineSpec(id="m1", directory=directory, boot=None)
+    image = request.getfixturevalue("default_image")
+    lend(image, home)
+    return MachineSpec(id="m1", directory=directory, boot=boot_parts(image), memory_mb=256,
+                       accelerator="tcg")
+
+
+@asynccontextmanager
+async def running(machine: Machine) -> AsyncIterator[AgentClient]:
+    """The machine started, its agent answering."""
+    client = AgentClient(await machine.start())
+    try:
+        await client.hello(BOOT)
+        yield client
+    finally:
+        client.close()
+        await machine.destroy()
+
+
+def pid_of(machine: Machine) -> int:
+    pid = machine.pid  # type: ignore[attr-defined]
+    assert isinstance(pid, int)
+    return pid
+
+
+async def test_the_life_of_a_machine(driver: Driver, spec: MachineSpec) -> None:
+    """create, start, suspend, resume, stop, destroy; get_status at each step."""
+    machine = await driver.create(spec)
+    assert machine.get_status() is Status.CREATED
+    client = AgentClient(await machine.start())
+    assert machine.get_status() is Status.RUNNING
+    await client.hello(BOOT)
+    pid = pid_of(machine)
+
+    await machine.suspend()
+    await machine.suspend()
+    assert machine.get_status() is Status.SUSPENDED
+    before = psutil.Process(pid).cpu_times()
+    with anyio.move_on_after(0.5) as waited:
+        await client.ping(60)
+    assert waited.cancelled_caught, "a suspended machine answers"
+    after = psutil.Process(pid).cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.1
+
+    await machine.resume()
+    await machine.resume()
+    assert machine.get_status() is Status.RUNNING
+    await client.ping(60)
+
+    await machine.stop()
+    await machine.stop()
+    assert machine.get_status() is Status.STOPPED
+    assert not psutil.pid_exists(pid)
+    assert (await machine.ended()).reason is EndReason.ASKED
+    client.close()
+    await machine.destroy()
+    await machine.destroy()
+    assert machine.get_status() is Status.DESTROYED
+    assert not spec.directory.exists()
+
+
+async def test_a_command_goes_on_over_suspend_and_resume(driver: Driver,
+                                                         spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    got = b""
+
+    async def take(stream: str, data: bytes) -> None:
+        nonlocal got
+        got += data
+
+    async with running(machine) as client:
+        task = await client.start(
+            ["sh", "-c", "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.1; done"])
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.follow, task, take)
+            for _ in range(4):
+                await machine.suspend()
+                await machine.resume()
+    assert got.split() == [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8"]
+
+
+async def test_create_starts_nothing_and_destroy_leaves_nothing(driver: Driver,
+                                                                spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    assert psutil.Process().children(recursive=True) == []
+    await machine.destroy()
+    assert not spec.directory.exists()
+
+
+async def test_load_takes_up_what_create_made(driver: Driver, spec: MachineSpec) -> None:
+    await driver.create(spec)
+    machine = await driver.load(spec)
+    async with running(machine) as client:
+        await client.ping()
+    with pytest.raises(WrongState):
+        await driver.load(spec)
+
+
+async def test_calls_in_the_wrong_state_are_refused(driver: Driver, spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    for call in (machine.suspend, machine.ended):
+        with pytest.raises(WrongState):
+            await call()
+    async with running(machine):
+        with pytest.raises(WrongState):
+            await machine.start()
+    with pytest.raises(WrongState):
+        await machine.start()
+
+
+async def test_a_machine_stopped_before_its_start_is_stopped(driver: Driver,
+                                                             spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    await machine.stop()
+    assert machine.get_status() is Status.STOPPED
+    await machine.destroy()
+
+
+async def test_checkpoints_do_what_the_capabilities_say(driver: Driver,
+                                                        spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    assert not driver.capabilities.checkpoint
+    for call in (machine.checkpoint, machine.continue_from):
+        with pytest.raises(NotSupported):
+            await call("one")
+    await machine.destroy()
+
+
+async def test_a_killed_hypervisor_is_a_crash(driver: Driver, spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    async with running(machine) as client:
+        os.kill(pid_of(machine), signal.SIGKILL)
+        with anyio.fail_after(30):
+            ended = await machine.ended()
+        assert ended.reason in (EndReason.CRASHED, EndReason.RESET)
+        assert "9" in ended.detail
+        assert machine.get_status() is Status.STOPPED
+        with pytest.raises(VmjobError):
+            await client.ping()
+
+
+async def test_a_machine_without_its_agent_ends(driver: Driver, spec: MachineSpec) -> None:
+    if not driver.capabilities.isolated:
+        pytest.skip("a job of the fake cannot know its agent's process id")
+    machine = await driver.create(spec)
+    async with running(machine) as client:
+        await client.start(["sh", "-c", "kill -9 $PPID"], user="root")
+        with anyio.fail_after(60):
+            ended = await machine.ended()
+    assert ended.reason is EndReason.RESET
+    assert "agent ended" in ended.detail
+
+
+async def test_the_facts_are_json(driver: Driver, spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    facts = json.loads(json.dumps(machine.facts()))
+    assert facts["hypervisor"] == driver.name
+    assert facts["memory_mb"] == spec.memory_mb
+    await machine.destroy()
+
+
+async def test_nothing_stays_open(driver: Driver, spec: MachineSpec) -> None:
+    async with running(await driver.create(spec)):
+        pass
+    before = len(os.listdir("/proc/self/fd"))
+    again = replace(spec, directory=spec.directory.with_name("m2"))
+    again.directory.mkdir()
+    async with running(await driver.create(again)):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert psutil.Process().children(recursive=True) == []
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from vmjob.machine.contract import BootParts, MachineSpec
+from vmjob.machine.fake import FakeDriver
+from vmjob.machine.qemu.driver import QemuDriver
+
+async def main(name, directory, parts):
+    boot = BootParts(*map(Path, parts)) if parts else None
+    driver = FakeDriver() if name == "fake" else QemuDriver()
+    machine = await driver.create(MachineSpec("m1", Path(directory), boot, memory_mb=256))
+    lanes = await machine.start()
+    print(machine.pid, flush=True)
+    await machine.ended()
+
+asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
+"""
+
+
+async def test_a_machine_dies_with_its_owner_even_when_that_is_killed(
+        driver: Driver, spec: MachineSpec) -> None:
+    parts = [] if spec.boot is None else [spec.boot.kernel, spec.boot.initrd, spec.boot.root,
+                                          spec.boot.scratch]
+    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(OWNER), driver.name,
+                              spec.directory, *parts], stdout=subprocess.PIPE, text=True)
+    with owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        machine = psutil.Process(pid)
+        assert machine.is_running()
+        owner.kill()
+    assert eventually(lambda: not psutil.pid_exists(pid)
+                      or machine.status() == psutil.STATUS_ZOMBIE)
+
+
+async def test_everything_a_machine_writes_is_in_its_directory(driver: Driver, spec: MachineSpec,
+                                                               tmp_path: Path) -> None:
+    machine = await driver.create(spec)
+    async with running(machine) as client:
+        await client.start(["true"])
+        used = {path for path in tmp_path.rglob("*") if path.is_file()}
+        outside = {path for path in used if spec.directory not in path.parents
+                   and "images" not in path.parts}
+        assert outside == set()
