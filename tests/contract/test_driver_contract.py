@@ -182,18 +182,6 @@ async def test_a_killed_hypervisor_is_a_crash(driver: Driver, spec: MachineSpec)
             await client.ping()
 
 
-async def test_a_machine_without_its_agent_ends(driver: Driver, spec: MachineSpec) -> None:
-    if not driver.capabilities.isolated:
-        pytest.skip("a job of the fake cannot know its agent's process id")
-    machine = await driver.create(spec)
-    async with running(machine) as client:
-        await client.start(["sh", "-c", "kill -9 $PPID"], user="root")
-        with anyio.fail_after(60):
-            ended = await machine.ended()
-    assert ended.reason is EndReason.RESET
-    assert "agent ended" in ended.detail
-
-
 async def test_the_facts_are_json(driver: Driver, spec: MachineSpec) -> None:
     machine = await driver.create(spec)
     facts = json.loads(json.dumps(machine.facts()))
