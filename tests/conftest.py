@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 from vmjob.home import Home, remove_tree
-from vmjob.image.recipe import Recipe
-from vmjob.image.store import Image, ImageStore
 from vmjob.machine.contract import BootParts, MachineSpec
+
+if TYPE_CHECKING:
+    from vmjob.image.store import Image
 
 #: Inherited by everything that this session starts.
 TOKEN = secrets.token_hex(8)
@@ -28,13 +31,20 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def session_processes() -> list[psutil.Process]:
-    """Living processes that descend from this session, even when their parents are gone."""
+def session_processes(below: Path) -> list[psutil.Process]:
+    """Living processes that descend from this session, even when their parents are gone.
+
+    What a machine runs does not inherit our token; it is known by a path ``below`` the session's
+    directory: in its command line, its environment or as its working directory.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("VMJOB_TEST_TOKEN") == TOKEN and process.pid != os.getpid() \
-                    and process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            env = process.environ()
+            said = [*process.cmdline(), *env.values(), process.cwd()]
+            if env.get("VMJOB_TEST_TOKEN") == TOKEN or any(str(below) in each for each in said):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -47,12 +57,12 @@ def wait_until_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After the whole session: no process of it, and nothing of ours outside the homes."""
     os.environ["VMJOB_TEST_TOKEN"] = TOKEN
     before = ours_outside()
     yield
-    left = wait_until_gone(session_processes())
+    left = wait_until_gone(session_processes(tmp_path_factory.getbasetemp()))
     assert not left, f"processes are left: {left}"
     assert ours_outside() <= before, "files are left outside VMJOB_HOME"
 
@@ -90,6 +100,9 @@ def image_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 @pytest.fixture(scope="session")
 def default_image(image_home: Home) -> Image:
     """The default image, built from this checkout."""
+    from vmjob.image.recipe import Recipe
+    from vmjob.image.store import ImageStore
+
     store = ImageStore(image_home)
     recipe = Recipe()
     return store.current(recipe) or store.build(recipe, lambda fraction, text: None)
@@ -103,6 +116,9 @@ SCIENCE = ("bc", "clustalo", "hmmer", "hmmer-examples", "pari-gp", "primecount-b
 @pytest.fixture(scope="session")
 def science_image(image_home: Home) -> Image:
     """An image with real programs."""
+    from vmjob.image.recipe import Recipe
+    from vmjob.image.store import ImageStore
+
     store = ImageStore(image_home)
     recipe = Recipe("science", packages=SCIENCE)
     return store.current(recipe) or store.build(recipe, lambda fraction, text: None)
@@ -141,6 +157,16 @@ def no_virtual_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a unit test starts a virtual machine")
 
     monkeypatch.setattr("vmjob.machine.qemu.programs.find", refuse)
+    real = subprocess.Popen.__init__
+
+    def watched(self: object, args: object, *more: object, **options: object) -> None:
+        words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)  # type: ignore[call-overload]
+        if any("qemu-system" in os.fsdecode(word) for word in words):
+            refuse()
+        real(self, args, *more, **options)  # type: ignore[arg-type]
+
+    # asyncio's subprocesses are made by it, too.
+    monkeypatch.setattr(subprocess.Popen, "__init__", watched)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -157,3 +183,8 @@ def eventually(condition: object, seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open."""
+    return psutil.Process().num_fds()

@@ -4,6 +4,7 @@ For tests, of vmjob and of programs that use it: it starts in a tenth of a secon
 same contract tests as a hypervisor. It isolates nothing: jobs are processes of this computer.
 """
 
-from vmjob.machine.fake.driver import FakeDriver, FakeMachine, Faults
+from vmjob.machine.fake.driver import FakeDriver, FakeMachine
+from vmjob.machine.fake.faults import Faults
 
 __all__ = ["FakeDriver", "FakeMachine", "Faults"]

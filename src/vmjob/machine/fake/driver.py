@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,12 @@ from vmjob.errors import MachineStartFailed, NotSupported, WrongState
 from vmjob.guest.agent.wire import LANES
 from vmjob.host.guard import guarded
 from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec, Status
+from vmjob.machine.fake.faults import Faults
 
-__all__ = ["FakeDriver", "FakeMachine", "Faults"]
+__all__ = ["FakeDriver", "FakeMachine"]
 
 #: Seconds from SIGKILL until processes must be gone.
 KILL_DEADLINE = 10.0
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What is to go wrong.
-
-    ``start``: `start` fails with this text. ``says``: instead of the agent, something that answers
-    every connection with these bytes, then is silent. ``console``: the console's text.
-    """
-
-    start: str | None = None
-    says: bytes | None = None
-    console: str = ""
 
 
 class FakeDriver:
@@ -65,60 +52,51 @@ class FakeDriver:
 
 
 class FakeMachine:
-    """One agent process with its jobs. Implements `vmjob.machine.contract.Machine`."""
+    """A keeper with an agent and its jobs. Implements `vmjob.machine.contract.Machine`."""
 
     def __init__(self, spec: MachineSpec, faults: Faults) -> None:
         self.spec = spec
         self.workdir = spec.directory / "job"
         self._faults = faults
         self._status = Status.CREATED
-        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.subprocess.Process | None = None
+        self._agent: int | None = None
         self._ended: asyncio.Task[Ended] | None = None
         self._asked_to_end = False
-        self._silent: list[socket.socket] = []
 
     async def start(self) -> Mapping[str, socket.socket]:
         if self._status is not Status.CREATED:
             raise WrongState(f"the machine is {self._status}, not created")
         if self._faults.start is not None:
             raise MachineStartFailed(self._faults.start)
-        ours, theirs = {}, {}
+        ours: dict[str, socket.socket] = {}
+        theirs: dict[str, socket.socket] = {}
         for name in LANES:
             ours[name], theirs[name] = socket.socketpair()
-        command = self._command([theirs[name].fileno() for name in LANES])
-        package = Path(__file__).parents[3]
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *guarded(command, os.getpid(), drop_capabilities=False),
-                stdin=subprocess.DEVNULL, start_new_session=True,
-                pass_fds=[sock.fileno() for sock in theirs.values()],
-                env={**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"})
+            await self._spawn([sock.fileno() for sock in theirs.values()])
+        except BaseException:
+            for sock in ours.values():
+                sock.close()
+            raise
         finally:
             for sock in theirs.values():
-                if self._faults.says is None:
-                    sock.close()
-                else:
-                    sock.setblocking(False)
-                    with contextlib.suppress(BlockingIOError):
-                        sock.send(self._faults.says)
-                    self._silent.append(sock)
-        self._status = Status.RUNNING
-        self._ended = asyncio.get_running_loop().create_task(self._watch())
+                sock.close()
         return ours
 
     async def suspend(self) -> None:
         if self._status is Status.SUSPENDED:
             return
         self._require_running()
-        # Parents first: what is stopped starts nothing new.
-        self._signal_tree(signal.SIGSTOP)
+        # The keeper goes on: it uses no processor, and has to end the others when we are killed.
+        self._signal_all(signal.SIGSTOP)
         self._status = Status.SUSPENDED
 
     async def resume(self) -> None:
         if self._status is Status.RUNNING:
             return
         self._require_running()
-        self._signal_tree(signal.SIGCONT)
+        self._signal_all(signal.SIGCONT)
         self._status = Status.RUNNING
 
     async def checkpoint(self, name: str) -> None:
@@ -128,12 +106,13 @@ class FakeMachine:
         raise NotSupported("the fake driver makes no checkpoints")
 
     async def stop(self) -> None:
-        if self._process is None or self._ended is None:
+        if self._keeper is None or self._ended is None:
             if self._status is Status.CREATED:
                 self._status = Status.STOPPED
             return
         self._asked_to_end = True
-        self._signal_tree(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self._keeper.terminate()
         with anyio.CancelScope(shield=True), anyio.fail_after(KILL_DEADLINE):
             await asyncio.shield(self._ended)
 
@@ -163,39 +142,94 @@ class FakeMachine:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the agent, while it runs."""
-        return self._process.pid if self._process else None
+        """Process id of the machine (its keeper) once it was started."""
+        return self._keeper.pid if self._keeper else None
+
+    @property
+    def agent_pid(self) -> int | None:
+        """Process id of the agent once the machine was started."""
+        return self._agent
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _command(self, fds: list[int]) -> list[str]:
-        if self._faults.says is not None:
-            return ["sleep", "infinity"]
-        return [sys.executable, "-m", "vmjob.guest.agent", str(self.workdir),
-                str(self.spec.directory / "run"), *map(str, fds)]
+    async def _spawn(self, fds: list[int]) -> None:
+        owner = os.getpid()
+        package = Path(__file__).parents[3]
+        agent = [sys.executable, "-m", *self._program(), str(self.workdir),
+                 str(self.spec.directory / "run"), *map(str, fds)]
+        # -I and -S: the keeper needs nothing but the standard library, and little of that.
+        keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")),
+                  str(owner), *agent]
+        spawned = asyncio.ensure_future(asyncio.create_subprocess_exec(
+            *guarded(keeper, owner, drop_capabilities=False), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, start_new_session=True, pass_fds=fds,
+            env={**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}))
+        # Cancelled half-way, asyncio would leave a process that nobody has waited for; so it is
+        # made in any case, and `destroy` ends it. (The shield alone holds off anyio's cancellation,
+        # not that of `asyncio.timeout` or of Ctrl-C.)
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([spawned])
+        finally:
+            self._keeper = await spawned
+            self._ended = asyncio.ensure_future(self._watch())
+            self._status = Status.RUNNING
+        assert self._keeper.stdout is not None
+        said = await self._keeper.stdout.readline()
+        if not said:
+            raise MachineStartFailed("the keeper of the fake machine did not start")
+        self._agent = int(said)
+
+    def _program(self) -> list[str]:
+        if self._faults.needs_impostor:
+            return ["vmjob.machine.fake.impostor", self._faults.encoded()]
+        return ["vmjob.guest.agent"]
 
     def _require_running(self) -> None:
         if self._status not in (Status.RUNNING, Status.SUSPENDED):
             raise WrongState(f"the machine is {self._status}, not running")
 
-    def _signal_tree(self, number: int) -> None:
-        if self._process is None or self._process.returncode is not None:
-            return
+    def _signal_all(self, number: int) -> None:
+        """Signal the agent and all jobs; the keeper has them all below it, orphans too.
+
+        Again until nobody new is found: who is about to fork when we look is stopped after it.
+        """
+        assert self._keeper is not None
+        reached: set[int] = set()
         with contextlib.suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(self._process.pid)
-            for process in (agent, *agent.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
+            keeper = psutil.Process(self._keeper.pid)
+            while new := [each for each in keeper.children(recursive=True)
+                          if each.pid not in reached]:
+                for process in new:
+                    reached.add(process.pid)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
 
     async def _watch(self) -> Ended:
-        assert self._process is not None
-        code = await self._process.wait()
-        for sock in self._silent:
-            sock.close()
+        assert self._keeper is not None
+        code = await self._keeper.wait()
+        if code < 0:
+            # Somebody killed the keeper; its agent died with it, the jobs are ours to end.
+            kill_strays(self.spec.directory / "run")
         self._status = Status.STOPPED
         if self._asked_to_end:
             return Ended(EndReason.ASKED, "the machine was stopped")
         if "Kernel panic" in self._faults.console:
             return Ended(EndReason.PANIC, "the machine's kernel gave up")
-        how = f"signal {-code}" if code < 0 else f"status {code}"
-        return Ended(EndReason.RESET, f"the machine ended: agent ended with {how}")
+        assert self._keeper.stdout is not None
+        said = (await self._keeper.stdout.read()).split()
+        if code != 0 or not said:
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+            return Ended(EndReason.CRASHED, f"the fake machine {how}")
+        status = int(said[-1])
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return Ended(EndReason.RESET, f"the machine ended: agent ended {how}")
+
+
+def kill_strays(run: Path) -> None:
+    """Kill jobs of a machine that has no keeper any more; the environment says whose they are."""
+    mark = str(run / "to-host")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("VMJOB_TO_HOST") == mark:
+                process.kill()
