@@ -5,6 +5,7 @@ One `AgentClient` per machine. It may be used by several tasks of one event loop
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -114,6 +115,8 @@ class AgentClient:
         self._transfer = Transfer(lanes["data"])
         self._followers: dict[int, _Follower] = {}
         self._polling = anyio.Lock()
+        self._poll_scope: anyio.CancelScope | None = None
+        self._left_out: set[int] = set()
         self._epoch = -1
         self._over: list[int] = []
         self._messages_seen = 0
@@ -201,6 +204,9 @@ class AgentClient:
                     stream, data = follower.pending.pop(0)
                     follower.held -= len(data)
                     await sink(stream, data)
+                # Not earlier: each cancelled poll costs a resynchronisation.
+                if task in self._left_out and self._poll_scope is not None:
+                    self._poll_scope.cancel()  # it may wait long for news of others, without us
                 if follower.lost:
                     raise AgentLost(f"the agent no longer knows command {task}")
                 if follower.end is not None:
@@ -290,10 +296,16 @@ class AgentClient:
         """Ask once for news of every followed command."""
         asked = {str(task): f.offsets for task, f in self._followers.items()
                  if f.end is None and f.held < HELD_OUTPUT}
-        answer = await self._output.request(
-            "POST", "/v1/output",
-            {"tasks": asked, "messages_after": self._messages_seen, "wait_seconds": wait,
-             "epoch": self._epoch}, deadline=wait + DEADLINE)
+        self._left_out = {task for task, f in self._followers.items() if f.held >= HELD_OUTPUT}
+        answer = None
+        with anyio.CancelScope() as self._poll_scope:
+            answer = await self._output.request(
+                "POST", "/v1/output",
+                {"tasks": asked, "messages_after": self._messages_seen, "wait_seconds": wait,
+                 "epoch": self._epoch}, deadline=wait + DEADLINE)
+        self._left_out.clear()
+        if answer is None:
+            return
         line, newline, rest = answer.body.partition(b"\n")
         if not newline:
             raise AgentProtocol("an answer about output without its first line")
@@ -349,6 +361,10 @@ def _check_end(end: TaskEnd) -> None:
     killed = end.signal is not None and 1 <= end.signal <= 64
     if exited == killed or (end.exit_code is None) == (end.signal is None):
         raise AgentProtocol("a result that cannot be")
+    # Python reads NaN and infinity from JSON, but a record that holds them is no JSON.
+    numbers = (end.wall_seconds, end.cpu_seconds or 0.0, *end.rusage.values())
+    if not all(map(math.isfinite, numbers)):
+        raise AgentProtocol("a result with numbers that are none")
 
 
 def _convert(content: object, kind: type[T]) -> T:

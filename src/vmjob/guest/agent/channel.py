@@ -73,6 +73,7 @@ class Channel:
         pieces = [self._view[at:min(at + PAGE, self._end + room)]
                   for at in range(self._end, self._end + room, PAGE)]
         deadline = None if wait is None else time.monotonic() + wait
+        self._check_cancelled()
         while True:
             try:
                 got = os.readv(self.fd, pieces)
@@ -96,6 +97,11 @@ class Channel:
         if self._cancel in ready:
             raise Interrupted
         return ready.get(self.fd, 0)
+
+    def _check_cancelled(self) -> None:
+        """A peer that never lets us wait does not keep us from being cancelled."""
+        if self._cancel is not None and self._cancel in dict(self._poll.poll(0)):
+            raise Interrupted
 
     def line(self) -> bytes:
         """The next line without its end (CRLF or LF); at most `MAX_HEAD` bytes."""
@@ -152,8 +158,11 @@ class Channel:
         return piece[:size] if size else None
 
     def discard_until(self, proof: bytes) -> None:
-        """Drop everything up to and with ``proof``."""
+        """Drop everything up to and with ``proof``; a flood without it ends as silence does."""
+        deadline = None if self.patience is None else time.monotonic() + self.patience
         while (at := self._buffer.find(proof, self._start, self._end)) < 0:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimedOut
             self._start = max(self._start, self._end - len(proof))
             self._fill(self.patience)
         self._start = at + len(proof)
@@ -168,6 +177,7 @@ class Channel:
         """Write all of ``data``; raises `Interrupted`, `Closed` or `TimedOut`."""
         view = memoryview(data)
         at = 0
+        self._check_cancelled()
         while at < len(view):
             try:
                 at += os.write(self.fd, view[at:at + PORT_WRITE])

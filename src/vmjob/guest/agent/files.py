@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from typing import Any
 
-from .wire import MAX_LISTING
+from .wire import MAX_LISTING, MAX_RESPONSE_BODY
 
 TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link",
          stat.S_IFIFO: "fifo", stat.S_IFCHR: "device", stat.S_IFBLK: "device",
@@ -22,16 +23,24 @@ def facts(path: str, name: str) -> dict[str, Any]:
 
 
 def listing(path: str) -> dict[str, Any]:
-    """The entries of a directory, sorted, or the one entry of a file."""
+    """The entries of a directory, sorted, or the one entry of a file.
+
+    ``truncated`` when there are more than an answer holds: in number, or in bytes.
+    """
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         return {"entries": [facts(path, os.path.basename(path))], "truncated": False}
     names = sorted(os.listdir(path))
-    entries = []
+    entries: list[dict[str, Any]] = []
+    room = MAX_RESPONSE_BODY - 1024
     for name in names[:MAX_LISTING]:
         try:
-            entries.append(facts(os.path.join(path, name), name))
+            entry = facts(os.path.join(path, name), name)
         except FileNotFoundError:
-            pass  # it went away meanwhile
+            continue  # it went away meanwhile
+        room -= len(json.dumps(entry)) + 2
+        if room < 0:
+            return {"entries": entries, "truncated": True}
+        entries.append(entry)
     return {"entries": entries, "truncated": len(names) > MAX_LISTING}
 
 

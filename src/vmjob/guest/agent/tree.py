@@ -73,7 +73,7 @@ class _Sender:
             facts = os.stat(path, dir_fd=at, follow_symlinks=False)
             kind = stat.S_IFMT(facts.st_mode)
             head: dict[str, Any] = {"n": os.fsdecode(name), "m": stat.S_IMODE(facts.st_mode),
-                                    "mt": facts.st_mtime_ns}
+                                    "mt": max(0, facts.st_mtime_ns)}  # none is before 1970
             self.entries += 1
             if kind == stat.S_IFREG:
                 yield from self._file(path, at, head)
@@ -159,17 +159,17 @@ LinkRule = Callable[[int, str], bool]
 
 
 def inside_tree(depth: int, target: str) -> bool:
-    """Whether a link ``depth`` directories below the top stays inside the tree that holds it."""
+    """Whether a link ``depth`` directories below the top stays inside the tree that holds it.
+
+    ``..`` may only come first: the directories above a link are real ones, but behind a name may
+    be another link, and what lies above *that* cannot be told from the text (``d/up/..`` leaves
+    the tree when ``d/up`` is a link to ``..``).
+    """
     if target.startswith("/") or "\0" in target:
         return False
-    for part in target.split("/"):
-        if part == "..":
-            depth -= 1
-            if depth < 0:
-                return False
-        elif part not in ("", "."):
-            depth += 1
-    return True
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    ups = next((at for at, part in enumerate(parts) if part != ".."), len(parts))
+    return ups <= depth and ".." not in parts[ups:]
 
 
 def check_name(name: str) -> str:
@@ -285,7 +285,9 @@ class TreeReceiver:
                             else f"{name!r} is {what}")
 
     def _data(self, record: bytes | memoryview) -> None:
-        if not self._file or len(record) < 9:
+        # A sender has no reason for an empty record, or for more data than files have room; without
+        # these bounds it could send for ever.
+        if not self._file or len(record) <= 9:
             raise TreeError("malformed", "data in the wrong place")
         fd, head = self._file
         (where,) = OFFSET.unpack_from(record, 1)
@@ -293,6 +295,8 @@ class TreeReceiver:
         if where + len(data) > head["s"]:
             raise TreeError("malformed", "data behind the end of its file")
         self.bytes += len(data)
+        if self.bytes > self._limit:
+            raise TreeError("too-large", f"more than {self._limit} bytes in all")
         while data:
             wrote = os.pwrite(fd, data, where)
             where += wrote
