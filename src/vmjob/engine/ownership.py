@@ -42,6 +42,7 @@ def claim(home: Home) -> Iterator[tuple[str, Path]]:
     machines = home.machines
     name = secrets.token_hex(6)
     directory = machines / name
+    fd = -1
     try:
         directory.mkdir(mode=0o700)
         fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -50,6 +51,8 @@ def claim(home: Home) -> Iterator[tuple[str, Path]]:
         (directory / OWNER).write_text(json.dumps(owner))
     except OSError as error:
         remove_tree(directory)
+        if fd >= 0:
+            os.close(fd)
         raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
             f"cannot make a machine's directory in {machines}: {error.strerror}") from error
     try:

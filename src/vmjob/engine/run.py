@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.errors import JobError, OutputMissing, TimeLimit, VmjobError
+from vmjob.errors import AgentProtocol, JobError, OutputMissing, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.guest.client import Limits, TaskEnd
 from vmjob.home import Home
@@ -79,6 +79,8 @@ class _Output:
         self._record = record
         self._seen = {"stdout": 0, "stderr": 0}
         self.flooded = anyio.Event()
+        #: Why this side ended the job, if it did.
+        self.stopped_for: str | None = None
 
     async def take(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
         room = max(0, self._limit - self._seen[stream])
@@ -176,6 +178,8 @@ async def _run_task(session: Session, job: Job, task: Task, grid: Grid, output: 
             beside(_enforce(session, number, job, output, deadline)):
         end = await client.follow(number, output.take)
     client.forget(number)
+    if end.ended_by in ("time-limit", "output-limit") and end.ended_by != output.stopped_for:
+        raise AgentProtocol(f"the machine says {end.ended_by!r}, which was not reached")
     return end
 
 
@@ -193,6 +197,7 @@ async def _enforce(session: Session, number: int, job: Job, output: _Output,
         await (output.flooded.wait() if stop else anyio.sleep_forever())
     if waiting.cancelled_caught:
         why = "time-limit"
+    output.stopped_for = why
     await session.client.signal(number, signal.SIGTERM, why=why)
     await anyio.sleep(GRACE)
     await session.client.signal(number, signal.SIGKILL, why=why)
