@@ -75,6 +75,10 @@ class FakeMachine:
             ours[name], theirs[name] = socket.socketpair()
         try:
             await self._spawn([sock.fileno() for sock in theirs.values()])
+        except OSError as error:
+            for sock in ours.values():
+                sock.close()
+            raise MachineStartFailed(f"cannot start the keeper: {error.strerror}") from error
         except BaseException:
             for sock in ours.values():
                 sock.close()
