@@ -278,3 +278,12 @@ async def test_the_agent_repeats_output_from_any_offset_it_still_holds(
     assert (told["stdout"], data) == ({"offset": 4, "length": 6}, b"456789")  # 4 was acknowledged
     told, data = await ask(99)
     assert (told["stdout"], data) == ({"offset": 10, "length": 0}, b"")
+
+
+async def test_a_feed_ends_with_the_command_that_did_not_read_it(client: AgentClient) -> None:
+    async def source() -> bytes:
+        return b"x" * 60_000
+
+    task = await client.start(["sleep", "0.2"], stdin=True)
+    with anyio.fail_after(3):  # well before the agent's INPUT_PATIENCE
+        await client.feed(task, source)

@@ -259,6 +259,7 @@ class Agent:
 
     def _input_done(self, task: Task, request: Request) -> None:
         self.loop.forget("input")
+        self.table.stop_waiting(task)
         offset = int(request.required("offset"))
         self.table.write_stdin(task, offset, request.body)
         self._lanes[2].answer(self._taken(task, offset, request))
@@ -271,8 +272,7 @@ class Agent:
     def _stop_input(self) -> None:
         self.loop.forget("input")
         for task in self.table.tasks.values():
-            if task.stdin is not None:
-                self.loop.unwatch(task.stdin)
+            self.table.stop_waiting(task)
 
 
 def _guarded(handler: Callable[[Request], dict[str, Any]], request: Request) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Task:
         self.pipes: dict[str, int] = {}
         self.stdin: int | None = None
         self.stdin_taken = 0
+        #: Whoever waits for room in its input.
+        self.on_room: Callable[[], None] | None = None
         self.started = time.monotonic()
         self.exit: dict[str, Any] | None = None
         self.ended_by: str | None = None
@@ -145,16 +147,23 @@ class TaskTable:
 
     def when_writable(self, task: Task, call: Callable[[], None]) -> None:
         """Call once when the job has read some of its input, or closed it."""
-        fd = task.stdin
-        if fd is None:
+        if task.stdin is None:
             call()
             return
+        task.on_room = call
+        self._loop.watch(task.stdin, WRITE, lambda events: self._room(task))
 
-        def ready(events: int) -> None:
-            self._loop.unwatch(fd)
+    def stop_waiting(self, task: Task) -> None:
+        """Nobody waits for room in a task's input any more."""
+        task.on_room = None
+        if task.stdin is not None:
+            self._loop.unwatch(task.stdin)
+
+    def _room(self, task: Task) -> None:
+        call = task.on_room
+        self.stop_waiting(task)
+        if call:
             call()
-
-        self._loop.watch(fd, WRITE, ready)
 
     def close_stdin(self, task: Task) -> None:
         """No more input."""
@@ -162,6 +171,7 @@ class TaskTable:
             self._loop.unwatch(task.stdin)
             os.close(task.stdin)
             task.stdin = None
+            self._room(task)
 
     def acknowledge(self, task: Task, stream: str, offset: int) -> None:
         """The host has the stream up to ``offset``; a job that waits for room goes on."""
