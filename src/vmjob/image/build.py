@@ -47,6 +47,8 @@ LOG_SHOWN = 40
 BASE_PACKAGES = ("python3", "usr-is-merged", "netbase")
 #: Not in an image: what nobody reads in a machine.
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
+#: But examples are data: packages exist for nothing else, and jobs use them.
+KEPT = ("/usr/share/doc/*/examples/*",)
 
 #: Program -> Debian package.
 PROGRAMS = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs",
@@ -82,6 +84,7 @@ def mmdebstrap_argv(recipe: Recipe, overlay: Path, work: Path) -> list[str]:
         "--include=" + ",".join((*BASE_PACKAGES, *recipe.packages)),
         '--aptopt=APT::Install-Recommends "false"',
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
+        *(f"--dpkgopt=path-include={pattern}" for pattern in KEPT),
         "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
         f"--customize-hook=tar-in {shlex.quote(str(overlay))} /",
         "--customize-hook=" + guestfiles.resource("customize").decode(),
