@@ -324,6 +324,7 @@ class Machine:
     def __init__(self, portal: anyio.from_thread.BlockingPortal, machine: AsyncMachine) -> None:
         self._portal = portal
         self._machine = machine
+        self._open = True
 
     @classmethod
     @contextlib.contextmanager
@@ -336,9 +337,15 @@ class Machine:
                                          disk_gb=disk_gb, network=network, accel=accel, home=home,
                                          driver=driver)
             with portal.wrap_async_context_manager(making) as machine:
-                yield cls(portal, machine)
+                found = cls(portal, machine)
+                try:
+                    yield found
+                finally:
+                    found._open = False
 
     def _call(self, method: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
+        if not self._open:
+            raise WrongState("the machine is gone: its block has ended")
         result: T = self._portal.call(functools.partial(method, *args, **kwargs))
         return result
 

@@ -12,8 +12,16 @@ import psutil
 import pytest
 
 from vmjob.engine.session import Session, open_session
-from vmjob.errors import (AgentProtocol, AgentVersion, CommandNotExecutable, CommandNotFound,
-                          GuestRefused, InputMissing, OutputMissing, VmjobError)
+from vmjob.errors import (
+    AgentProtocol,
+    AgentVersion,
+    CommandNotExecutable,
+    CommandNotFound,
+    GuestRefused,
+    InputMissing,
+    OutputMissing,
+    VmjobError,
+)
 from vmjob.guest.agent import wire
 from vmjob.guest.client import AgentClient, Limits, TaskEnd
 from vmjob.home import Home

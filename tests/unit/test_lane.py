@@ -105,7 +105,7 @@ async def test_silence_ends_at_the_deadline() -> None:
         await synchronise(reader, writer)
         await reader.read()
 
-    with pytest.raises(AgentSilent, match="no answer to GET /v1/x within 0.2"):
+    with pytest.raises(AgentSilent, match=r"no answer to GET /v1/x within 0\.2"):
         await answered(script, deadline=0.2)
 
 

@@ -45,7 +45,7 @@ def test_no_bytes_make_the_agents_parser_fail(pieces: list[bytes]) -> None:
 
 @given(st.binary(max_size=wire.MAX_REQUEST_PIECE), st.integers(0, 5000))
 def test_a_resynchronisation_ends_whatever_was_cut_off(body: bytes, cut: int) -> None:
-    """Whatever part of a request the agent holds, filler and SYNC bring it back to a clean start."""
+    """Whatever part of a request the agent holds, filler and SYNC bring it back to the start."""
     request = wire.request_head("POST", "/v1/tasks", {"content-length": str(len(body))}) + body
     parser = Parser()
     parser.feed(request[:cut % max(1, len(request))])
@@ -77,7 +77,8 @@ def test_only_a_whole_sync_line_is_one(line: bytes) -> None:
 
 
 @given(st.lists(st.binary(max_size=50)), st.data())
-def test_a_reader_of_a_window_gets_every_byte_once(writes: list[bytes], data: st.DataObject) -> None:
+def test_a_reader_of_a_window_gets_every_byte_once(writes: list[bytes],
+                                                   data: st.DataObject) -> None:
     window = Window()
     got = b""
     for piece in writes:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from vmjob.errors import HostDiskFull, ImageBuildFailed, ProgramMissing
 from vmjob.guest.agent.wire import PROTOCOL_VERSION
+from vmjob.host.guard import guarded
 from vmjob.image import guestfiles, manifest
 from vmjob.image.initrd import initrd, module_name
 from vmjob.image.manifest import Manifest, Package, Part
@@ -39,6 +40,8 @@ Progress = Callable[[float, str], None]
 SOURCE_DATE_EPOCH = 1_700_000_000
 #: Seconds for a step: a slow line and an old disk, but not for ever.
 DEADLINE = 3600.0
+#: Seconds that a step gets to clean up after itself when it is cancelled.
+TERM_PATIENCE = 10.0
 #: Lines of a failed step's output that are shown.
 LOG_SHOWN = 40
 
@@ -48,7 +51,8 @@ BASE_PACKAGES = ("python3", "usr-is-merged", "netbase")
 #: Not in an image: what nobody reads in a machine.
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
 #: But examples are data: packages exist for nothing else, and jobs use them.
-KEPT = ("/usr/share/doc/*/examples/*",)
+#: And licences go where the programs go.
+KEPT = ("/usr/share/doc/*/examples/*", "/usr/share/doc/*/copyright")
 
 #: Program -> Debian package.
 PROGRAMS = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs",
@@ -80,7 +84,7 @@ def mmdebstrap_argv(recipe: Recipe, overlay: Path, work: Path) -> list[str]:
     fetched = [f"--customize-hook=download {_WORK}/{name} {shlex.quote(str(work / name))}"
                for name in ("kernel.tar", "busybox.tar", "packages")]
     return [
-        "mmdebstrap", "--variant=essential", "--format=tar",
+        "mmdebstrap", "--variant=essential", "--format=tar", "--architectures=amd64",
         "--include=" + ",".join((*BASE_PACKAGES, *recipe.packages)),
         '--aptopt=APT::Install-Recommends "false"',
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
@@ -131,7 +135,9 @@ def build(recipe: Recipe, directory: Path, progress: Progress) -> Manifest:
     overlay = work / "overlay.tar"
     overlay.write_bytes(guestfiles.overlay_tar(guestfiles.agent_sources(),
                                                guestfiles.resource("pid1"), SOURCE_DATE_EPOCH))
-    _run(mmdebstrap_argv(recipe, overlay, work), on_line=_follow(progress))
+    # Without root it works as another user, who could not pass through our directories.
+    place = {"TMPDIR": str(work)} if os.geteuid() == 0 else {}
+    _run(mmdebstrap_argv(recipe, overlay, work), environment=place, on_line=_follow(progress))
     progress(COMPRESSING, "compressing the root file system")
     with (work / "root.tar").open("rb") as root:
         _run(mksquashfs_argv(directory / "root.squashfs"), stdin=root)
@@ -225,9 +231,11 @@ def _run(argv: Sequence[str], *, stdin: object = None, environment: dict[str, st
          on_line: Callable[[str], None] = lambda line: None) -> None:
     """Run a step to its end; on any other way out its whole process group is killed."""
     kept: deque[str] = deque(maxlen=LOG_SHOWN)
-    program = _find(argv[0]) or argv[0]
+    # It dies with us even when we are killed; what it leaves then is swept by the next build.
+    command = guarded([_find(argv[0]) or argv[0], *argv[1:]], os.getpid(),
+                      drop_capabilities=False, may_gain_privileges=True)
     process = subprocess.Popen(
-        [program, *argv[1:]], stdin=stdin if stdin is not None else subprocess.DEVNULL,  # type: ignore[call-overload]
+        command, stdin=stdin if stdin is not None else subprocess.DEVNULL,  # type: ignore[call-overload]
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         start_new_session=True,
         env={**os.environ, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH),
@@ -236,15 +244,17 @@ def _run(argv: Sequence[str], *, stdin: object = None, environment: dict[str, st
     late = threading.Timer(DEADLINE, _kill, (process,))
     late.start()
     try:
-        with process:
-            for line in process.stdout:
-                kept.append(line.rstrip())
-                on_line(line)
-    except BaseException:
-        _kill(process)
-        raise
+        assert process.stdout is not None
+        for line in process.stdout:
+            kept.append(line.rstrip())
+            on_line(line)
+        process.wait()
     finally:
         late.cancel()
+        if process.poll() is None:
+            _kill(process)
+        process.wait()
+        process.stdout.close()
     if process.returncode != 0:
         log = "\n".join(kept)
         if "No space left on device" in log:
@@ -254,5 +264,10 @@ def _run(argv: Sequence[str], *, stdin: object = None, environment: dict[str, st
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """End a step: first so that it can clean up after itself, then for good."""
+    for number, patience in ((signal.SIGTERM, TERM_PATIENCE), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return

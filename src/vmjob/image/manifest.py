@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,10 @@ FORMAT = 1
 MAX_SIZE = 4 * 1024 * 1024
 
 PART_NAMES = ("kernel", "initrd", "root", "scratch")
+
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -71,7 +76,8 @@ def read(directory: Path) -> Manifest:
     if set(manifest.parts) != set(PART_NAMES):
         raise ImageCorrupt(f"{path} does not list the parts {', '.join(PART_NAMES)}")
     for part in manifest.parts.values():
-        if "/" in part.file or part.file.startswith(".") or part.size < 0:
+        if not _FILE_NAME.fullmatch(part.file) or part.size < 0 \
+                or not _SHA256.fullmatch(part.sha256):
             raise ImageCorrupt(f"{path} names a part that cannot be: {part.file[:80]!r}")
     return manifest
 

@@ -14,7 +14,7 @@ from vmjob.image import guestfiles
 __all__ = ["BUILDER_VERSION", "DEFAULT_NAME", "Recipe", "check_image_name"]
 
 #: Raise this when the same recipe gives a different image than before.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 
 DEFAULT_NAME = "default"
 

@@ -162,11 +162,13 @@ class ImageStore:
 
     def _build(self, recipe: Recipe, progress: Progress) -> Image:
         """Build beside, make durable, rename into place. The name's lock is held."""
-        for stale in (*self._home.images.glob(f"{_BUILDING}{recipe.name}"),
-                      *self._home.images.glob(f"{_REPLACED}{recipe.name}")):
-            remove_tree(stale)
         beside = self._home.images / f"{_BUILDING}{recipe.name}"
         target = self._home.images / recipe.name
+        aside = target.with_name(f"{_REPLACED}{recipe.name}")
+        if aside.exists() and not target.exists():
+            aside.rename(target)  # an earlier replacement was cut off between its two steps
+        remove_tree(beside)
+        remove_tree(aside)
         # mmdebstrap without root works as another user, who must be able to pass through.
         beside.mkdir(mode=0o755)
         try:
@@ -174,10 +176,12 @@ class ImageStore:
             for path in beside.iterdir():
                 _fsync(path)
             _fsync(beside)
+            # The old one is only moved aside until the new one is in place.
             if target.exists():
-                self._discard(target)
+                target.rename(aside)
             beside.rename(target)
             _fsync(self._home.images)
+            remove_tree(aside)
         except BaseException:
             remove_tree(beside)
             raise
