@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -72,6 +73,11 @@ def main() -> NoReturn:
         code = 130
     except BrokenPipeError:
         code = 141
+    except Exception as error:
+        if os.environ.get("VMJOB_DEBUG"):
+            raise
+        fail(VmjobError(f"unexpected: {type(error).__name__}: {error}",
+                        advice="This is a bug. Set VMJOB_DEBUG=1 to see where, and report it."))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -48,6 +48,12 @@ LOG_SHOWN = 40
 #: Every image has these: Python for the agent and for jobs; usr-is-merged in place of the
 #: conversion program, which would bring 45 MB of Perl; netbase for service and protocol names.
 BASE_PACKAGES = ("python3", "usr-is-merged", "netbase")
+#: As root, mmdebstrap mounts /proc, /sys and more in the new root. When it is killed they would
+#: stay, and removing the directory would reach through them; in namespaces of their own, mounts and
+#: processes are gone with it. (Without root it makes a mount namespace itself.)
+PRIVATE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
+           "--")
+
 #: Not in an image: what nobody reads in a machine.
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
 #: But examples are data: packages exist for nothing else, and jobs use them.
@@ -136,8 +142,9 @@ def build(recipe: Recipe, directory: Path, progress: Progress) -> Manifest:
     overlay.write_bytes(guestfiles.overlay_tar(guestfiles.agent_sources(),
                                                guestfiles.resource("pid1"), SOURCE_DATE_EPOCH))
     # Without root it works as another user, who could not pass through our directories.
-    place = {"TMPDIR": str(work)} if os.geteuid() == 0 else {}
-    _run(mmdebstrap_argv(recipe, overlay, work), environment=place, on_line=_follow(progress))
+    root = os.geteuid() == 0
+    _run([*(PRIVATE if root else ()), *mmdebstrap_argv(recipe, overlay, work)],
+         environment={"TMPDIR": str(work)} if root else {}, on_line=_follow(progress))
     progress(COMPRESSING, "compressing the root file system")
     with (work / "root.tar").open("rb") as root:
         _run(mksquashfs_argv(directory / "root.squashfs"), stdin=root)

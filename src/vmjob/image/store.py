@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmjob.errors import ImageCorrupt, ImageMissing, ImageOutdated
+from vmjob.errors import ImageBuildFailed, ImageCorrupt, ImageMissing, ImageOutdated
 from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
 from vmjob.home import Home, locked, remove_tree
 from vmjob.host.facts import boot_id
@@ -169,9 +169,9 @@ class ImageStore:
             aside.rename(target)  # an earlier replacement was cut off between its two steps
         remove_tree(beside)
         remove_tree(aside)
-        # mmdebstrap without root works as another user, who must be able to pass through.
-        beside.mkdir(mode=0o755)
         try:
+            # mmdebstrap without root works as another user, who must be able to pass through.
+            beside.mkdir(mode=0o755)
             made = build(recipe, beside, progress)
             for path in beside.iterdir():
                 _fsync(path)
@@ -182,6 +182,10 @@ class ImageStore:
             beside.rename(target)
             _fsync(self._home.images)
             remove_tree(aside)
+        except OSError as error:
+            remove_tree(beside)
+            raise ImageBuildFailed(f"cannot write the image in {self._home.images}: "
+                                   f"{error.strerror}") from error
         except BaseException:
             remove_tree(beside)
             raise
