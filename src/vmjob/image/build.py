@@ -142,9 +142,9 @@ def build(recipe: Recipe, directory: Path, progress: Progress) -> Manifest:
     overlay.write_bytes(guestfiles.overlay_tar(guestfiles.agent_sources(),
                                                guestfiles.resource("pid1"), SOURCE_DATE_EPOCH))
     # Without root it works as another user, who could not pass through our directories.
-    root = os.geteuid() == 0
-    _run([*(PRIVATE if root else ()), *mmdebstrap_argv(recipe, overlay, work)],
-         environment={"TMPDIR": str(work)} if root else {}, on_line=_follow(progress))
+    as_root = os.geteuid() == 0
+    _run([*(PRIVATE if as_root else ()), *mmdebstrap_argv(recipe, overlay, work)],
+         environment={"TMPDIR": str(work)} if as_root else {}, on_line=_follow(progress))
     progress(COMPRESSING, "compressing the root file system")
     with (work / "root.tar").open("rb") as root:
         _run(mksquashfs_argv(directory / "root.squashfs"), stdin=root)
