@@ -34,6 +34,7 @@ class Monitor:
         self._events = EventListener()
         self._client.register_listener(self._events)
         self._watch: asyncio.Task[None] | None = None
+        self._sock: socket.socket | None = None
         self.transcript: collections.deque[dict[str, Any]] = collections.deque(maxlen=TRANSCRIPT)
         #: ``reason`` of the SHUTDOWN event, once it came.
         self.shutdown_reason: str | None = None
@@ -44,6 +45,7 @@ class Monitor:
     async def connect(self, sock: socket.socket) -> None:
         """Greet and negotiate; raises `MachineError` when QEMU does not answer."""
         sock.setblocking(False)
+        self._sock = sock
         try:
             with anyio.fail_after(DEADLINE):
                 await self._client.connect(sock)
@@ -85,6 +87,9 @@ class Monitor:
         if self._watch:
             self._watch.cancel()
             await asyncio.wait([self._watch])
+        if self._sock:
+            # The client closes it one turn of the loop later, and the loop may have none left.
+            self._sock.close()
 
     def _note(self, kind: str, content: dict[str, Any]) -> None:
         self.transcript.append({"at": round(time.time(), 3), kind: content})
