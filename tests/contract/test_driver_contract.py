@@ -325,7 +325,7 @@ async def test_a_machine_dies_with_its_owner_even_when_that_is_killed(
         driver: Driver, spec: MachineSpec) -> None:
     parts = [] if spec.boot is None else [spec.boot.kernel, spec.boot.initrd, spec.boot.root,
                                           spec.boot.scratch]
-    owner = subprocess.Popen(  # noqa: ASYNC220 - its one line is all that is waited for
+    owner = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(OWNER), driver.name, spec.directory, *parts],
         stdout=subprocess.PIPE, text=True)
     with owner:
