@@ -25,7 +25,7 @@ import anyio.from_thread
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.errors import TimeLimit, WrongState
 from vmjob.guest.agent.wire import MAX_MESSAGES
-from vmjob.guest.client import Entry, Limits, TaskEnd
+from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, TaskEnd
 from vmjob.home import Home
 from vmjob.job.model import Job, Network, Task, check_guest_path
 from vmjob.machine.contract import BootParts, Driver, MachineSpec, Status
@@ -156,8 +156,10 @@ class AsyncMachine:
         ``timeout`` in seconds: then all its processes are killed and `TimeLimit` is raised.
         Raises `CommandNotFound`, `CommandNotExecutable`; a command that fails is no error.
         """
-        task = await self.start(argv, stdin=stdin is not None, env=env, cwd=cwd, user=user,
-                                limits=limits)
+        async with self._asking() as session:
+            task = await session.client.start(
+                list(argv), stdin=stdin is not None, env=env, cwd=cwd, user=user, limits=limits,
+                wait=SHORT_COMMAND if stdin is None else 0.0)
         caught = {"stdout": bytearray(), "stderr": bytearray()}
         truncated = False
 

@@ -285,6 +285,44 @@ async def test_a_flood_of_messages_is_bounded(client: AgentClient) -> None:
     assert all(len(text) <= wire.MAX_MESSAGE for text in heard)
 
 
+async def test_a_short_command_is_told_in_one_exchange(client: AgentClient) -> None:
+    polled = client._output.sent  # noqa: SLF001
+    end, out, err = await run(client, "sh", "-c", "echo out; echo err >&2; exit 3", wait=5.0)
+    assert (end.exit_code, out, err) == (3, b"out\n", b"err\n")
+    assert client._output.sent == polled  # noqa: SLF001
+
+
+async def test_a_command_that_is_not_short_goes_on_where_its_start_left_off(
+        client: AgentClient) -> None:
+    script = "echo one; read line < $VMJOB_FROM_HOST; sleep 0.05; echo two"
+    end, out, _ = await run(client, "sh", "-c", script, wait=0.001)
+    assert (end.exit_code, out) == (0, b"one\ntwo\n")
+
+
+async def test_more_output_than_an_answer_holds_follows_after_a_short_wait(
+        client: AgentClient) -> None:
+    end, out, _ = await run(client, "head", "-c", "5000000", "/dev/zero", wait=5.0)
+    assert (end.exit_code, len(out)) == (0, 5_000_000)
+
+
+async def test_all_that_a_command_said_is_heard_before_its_end(client: AgentClient) -> None:
+    heard: list[str] = []
+    client.on_message(heard.append)
+    script = "for i in $(seq 300); do printf '%s %01000d\\n' $i 0; done > $VMJOB_TO_HOST"
+    for wait in (5.0, 0.0):
+        end, _, _ = await run(client, "sh", "-c", script, wait=wait)
+        assert end.exit_code == 0
+        assert [text.split()[0] for text in heard] == [str(n) for n in range(1, 301)]
+        heard.clear()
+
+
+async def test_a_command_that_nobody_follows_holds_nobody_up(client: AgentClient) -> None:
+    task = await client.start(["sh", "-c", "echo unheard; exec sleep 1000"], wait=0.001)
+    end, out, _ = await run(client, "echo", "heard", wait=5.0)
+    assert (end.exit_code, out) == (0, b"heard\n")
+    await client.signal(task, 9)
+
+
 @pytest.mark.parametrize("asked", [
     {}, {"argv": []}, {"argv": "ls"}, {"argv": [1]}, {"argv": ["a\0b"]},
     {"argv": ["true"], "limits": {"cpu_seconds": "x"}}, {"argv": ["true"], "env": 5}])

@@ -17,7 +17,7 @@ from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.errors import AgentProtocol, JobError, OutputMissing, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
-from vmjob.guest.client import Limits, TaskEnd
+from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.home import Home
 from vmjob.job.model import Job, OnFlood, Task
 from vmjob.machine.contract import Driver, MachineSpec
@@ -173,7 +173,8 @@ async def _run_task(session: Session, job: Job, task: Task, grid: Grid, output: 
     limits = Limits(cpu_seconds=task.cpu_seconds, memory_bytes=task.memory_bytes,
                     file_bytes=task.file_bytes, processes=task.processes)
     number = await client.start(list(task.argv), env=task.env, cwd=task.cwd, user=task.user,
-                                limits=limits, stdin=grid.has_input)
+                                limits=limits, stdin=grid.has_input,
+                                wait=0.0 if grid.has_input else SHORT_COMMAND)
     async with beside(_feed(session, number, grid)), \
             beside(_enforce(session, number, job, output, deadline)):
         end = await client.follow(number, output.take)

@@ -27,6 +27,7 @@ from vmjob.engine.run import Request, run_job
 from vmjob.errors import HomeUnusable, HostDiskFull
 from vmjob.grid.contract import Quiet
 from vmjob.guest.client import AgentClient
+from vmjob.guest.lane import Lane
 from vmjob.home import Home
 from vmjob.job.model import Job, OnFlood, Task, parse_output
 from vmjob.machine.contract import MachineSpec
@@ -137,6 +138,7 @@ async def test_an_agent_that_hangs_is_silent_and_the_job_ends(
         run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AgentClient._poll, "__defaults__", (0.1,))
     monkeypatch.setattr("vmjob.guest.client.DEADLINE", 0.3)
+    monkeypatch.setattr(Lane.request, "__kwdefaults__", {"deadline": 0.3})
     record = await run("echo x; kill -STOP $PPID; exec sleep 1000")
     assert (code(record), record.exit_code) == ("agent-silent", 125)
 

@@ -69,16 +69,20 @@ async def scripted(reply: Reply) -> AsyncIterator[AgentClient]:
 def output(head: object, data: bytes = b"") -> Reply:
     def reply(target: str, asked: dict[str, Any]) -> bytes:
         if target == "/v1/tasks":
-            return b'{"id": 1, "epoch": 1}'
+            return b'{"id": 1, "epoch": 1}\n'
         return json.dumps(head).encode() + b"\n" + data
     return reply
+
+
+NONE_NEW = {"newest_message": 0}
 
 
 def news(task: str = "1", *, out: tuple[int, int] = (0, 0), err: tuple[int, int] = (0, 0),
          end: object = None, messages: object = ()) -> dict[str, object]:
     streams = {name: {"offset": offset, "length": length}
                for name, (offset, length) in (("stdout", out), ("stderr", err))}
-    return {"tasks": {task: {**streams, "end": end}}, "messages": messages, "epoch": 1}
+    return {"tasks": {task: {**streams, "end": end}}, "messages": messages,
+            "newest_message": 0, "epoch": 1}
 
 
 async def followed(reply: Reply) -> tuple[TaskEnd, bytes]:
@@ -99,17 +103,17 @@ async def test_the_scripted_guest_can_tell_the_truth() -> None:
 
 
 @pytest.mark.parametrize(("said", "data"), [
-    ([], b""), ("x", b""), ({}, b""), ({"epoch": 1, "messages": []}, b""),
-    ({"epoch": "1", "tasks": {}, "messages": []}, b""),
-    ({"epoch": 1 << 70, "tasks": {}, "messages": []}, b""),
+    ([], b""), ("x", b""), ({}, b""), ({"epoch": 1, "messages": [], **NONE_NEW}, b""),
+    ({"epoch": "1", "tasks": {}, "messages": [], **NONE_NEW}, b""),
+    ({"epoch": 1 << 70, "tasks": {}, "messages": [], **NONE_NEW}, b""),
     (news(out=(5, 3)), b"abc"),
     (news(out=(0, 3)), b"ab"),
     (news(out=(0, -1)), b""),
     (news(out=(0, 1 << 40)), b"abc"),
     (news("2", out=(0, 1)), b"x"),
     (news("x", out=(0, 1)), b"x"),
-    ({"epoch": 1, "tasks": {"1": 5}, "messages": []}, b""),
-    ({"epoch": 1, "tasks": {"1": {}}, "messages": []}, b""),
+    ({"epoch": 1, "tasks": {"1": 5}, "messages": [], **NONE_NEW}, b""),
+    ({"epoch": 1, "tasks": {"1": {}}, "messages": [], **NONE_NEW}, b""),
     (news(end=5), b""),
     (news(end={**END, "exit_code": 300}), b""),
     (news(end={**END, "exit_code": True}), b""),
@@ -139,7 +143,8 @@ async def test_a_start_that_answers_nonsense_is_refused(answer: bytes) -> None:
 
 async def test_a_command_that_the_agent_forgot_is_lost() -> None:
     with pytest.raises(AgentLost, match="no longer knows command 1"):
-        await followed(output({"epoch": 1, "tasks": {"1": {"unknown": True}}, "messages": []}))
+        await followed(output({"epoch": 1, "tasks": {"1": {"unknown": True}}, "messages": [],
+                               **NONE_NEW}))
 
 
 @pytest.mark.parametrize("taken", [-1, 4, 1 << 40, "3", None])
@@ -157,8 +162,11 @@ async def test_a_message_is_heard_once_and_in_order() -> None:
     said = iter([[[1, "one"], [2, "two"]], [[2, "two"], [1, "one"], [3, "x" * 5000]], []])
     heard: list[str] = []
 
-    async with scripted(lambda target, asked: json.dumps(
-            {"epoch": 1, "tasks": {}, "messages": next(said)}).encode() + b"\n") as client:
+    def reply(target: str, asked: dict[str, Any]) -> bytes:
+        head = {"epoch": 1, "tasks": {}, "messages": next(said), **NONE_NEW}
+        return json.dumps(head).encode() + b"\n"
+
+    async with scripted(reply) as client:
         client.on_message(heard.append)
         for _ in range(3):
             await client.poll_messages()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -43,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         os._exit(0)
     os.close(data)
     agent = Agent(place)
+    # What is there now stays; looking through it again and again cost 1 ms of a command's 16.
+    gc.freeze()
     # One without the other is no agent; when it ends, so does the machine.
     agent.loop.watch(os.pidfd_open(server), READ, lambda events: sys.exit(3))
     agent.serve(control, output, stdin)

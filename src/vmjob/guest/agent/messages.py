@@ -7,9 +7,14 @@ A job writes lines to the FIFO ``$VMJOB_TO_HOST`` and reads lines from the file
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from .place import Place
 from .wire import MAX_INBOX, MAX_MESSAGE, MAX_MESSAGES
+
+#: Bytes of messages in one answer. JSON may write a byte as six, so this is less than half of what
+#: `wire.MAX_RESPONSE_BODY` leaves beside output.
+MOST_TOLD = 64 * 1024
 
 
 class Messages:
@@ -42,6 +47,17 @@ class Messages:
     def after(self, number: int) -> list[tuple[int, str]]:
         """The messages with a higher number."""
         return [message for message in self._kept if message[0] > number]
+
+    def told(self, number: int) -> dict[str, Any]:
+        """The part of an answer that speaks of messages: some after ``number``, the newest's."""
+        messages = []
+        room = MOST_TOLD
+        for message in self.after(number):
+            room -= len(message[1]) * 4
+            if room < 0:
+                break
+            messages.append(message)
+        return {"messages": messages, "newest_message": self._count}
 
     def acknowledge(self, number: int) -> None:
         """The host has everything up to ``number``."""

@@ -8,7 +8,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from . import files, wire
 from .lane import Lane
@@ -28,6 +28,10 @@ EXT4_IOC_RESIZE_FS = 0x40086610
 BLKGETSIZE64 = 0x80081272
 #: The writable disk (docs/reference/driver-contract.md: the second one).
 DISK = "/dev/vdb"
+#: Longest that the answer to a start waits for the command's end, seconds: it keeps others waiting.
+MAX_START_WAIT = 0.1
+
+T = TypeVar("T")
 
 
 class Agent:
@@ -43,13 +47,15 @@ class Agent:
         self._lanes: list[Lane] = []
         self._open = 0
         self._waiting: Request | None = None
+        self._starting: Task | None = None
+        self._heard_before = 0
         self.loop.watch(self.messages.fd, READ, self._heard)
 
     def serve(self, control: int, output: int, stdin: int) -> None:
         """Answer until every lane is closed."""
         self._open = 3
         self._lanes = [
-            Lane(self.loop, control, self._control, _nothing, self._closed),
+            Lane(self.loop, control, self._control, self._stop_starting, self._closed),
             Lane(self.loop, output, self._output, self._stop_waiting, self._closed),
             Lane(self.loop, stdin, self._stdin, self._stop_input, self._closed)]
         self.loop.run()
@@ -60,9 +66,11 @@ class Agent:
 
     # -- the control lane ------------------------------------------------------------------
 
-    def _control(self, request: Request) -> bytes:
-        handler = self._handlers().get((request.method, request.name))
+    def _control(self, request: Request) -> bytes | None:
         try:
+            if request.name == "tasks" and request.method == "POST":
+                return _guarded(self._task, request)
+            handler = self._handlers().get((request.method, request.name))
             if handler is None:
                 raise Refused(404, "unknown-request", "no such request in this protocol")
             return reply(200, _guarded(handler, request))
@@ -72,10 +80,10 @@ class Agent:
     def _handlers(self) -> dict[tuple[str, str], Callable[[Request], dict[str, Any]]]:
         return {
             ("GET", "hello"): self._hello, ("GET", "ping"): self._ping,
-            ("POST", "tasks"): self._task, ("GET", "tasks"): self._task_list,
-            ("DELETE", "tasks"): self._forget, ("GET", "list"): self._list,
-            ("POST", "mkdir"): self._mkdir, ("DELETE", "files"): self._delete,
-            ("POST", "messages"): self._message, ("POST", "disk"): self._grow_disk,
+            ("GET", "tasks"): self._task_list, ("DELETE", "tasks"): self._forget,
+            ("GET", "list"): self._list, ("POST", "mkdir"): self._mkdir,
+            ("DELETE", "files"): self._delete, ("POST", "messages"): self._message,
+            ("POST", "disk"): self._grow_disk,
         }
 
     def _hello(self, request: Request) -> dict[str, Any]:
@@ -129,14 +137,14 @@ class Agent:
         except (LookupError, ValueError):
             raise Refused(404, "no-such-task", "there is no such task") from None
 
-    def _task(self, request: Request) -> dict[str, Any]:
+    def _task(self, request: Request) -> bytes | None:
         """Start one, or (``tasks/N/signal``) act on one."""
         if len(request.path) > 1:
             if request.path[2:] != ["signal"]:
                 raise Refused(404, "unknown-request", "no such request in this protocol")
             self.table.signal(self._find(request), int(request.required("number")),
                               request.query.get("why"))
-            return {}
+            return reply(200, {})
         asked = request.json()
         for number in asked.get("forget") or ():
             if old := self.table.tasks.get(number):
@@ -150,7 +158,34 @@ class Agent:
         except KeyError:
             raise Refused(404, "no-such-user",
                           f"there is no user {asked.get('user')!r} in the machine") from None
-        return {"id": self.table.start(asked).id, "epoch": self.table.epoch}
+        wait = min(float(asked.get("wait_seconds") or 0), MAX_START_WAIT)
+        self._heard_before = int(asked.get("messages_after") or 0)
+        task = self.table.start(asked)
+        if wait <= 0 or self._ended(task):
+            return self._started(task)
+        self._starting = task
+        self.loop.later("start", wait, self._give_up_starting)
+        return None
+
+    def _ended(self, task: Task) -> bool:
+        return task.end is not None or any(not window.room for window in task.windows.values())
+
+    def _started(self, task: Task) -> bytes:
+        """The answer to a start: the task's number and what is known of it by now."""
+        pieces: list[bytes] = []
+        news, _ = self._news_of(task, {}, pieces, wire.MAX_RESPONSE_BODY // 2)
+        return _news({"id": task.id, "epoch": self.table.epoch, "news": news,
+                      **self.messages.told(self._heard_before)}, pieces)
+
+    def _give_up_starting(self) -> None:
+        assert self._starting is not None
+        task = self._starting
+        self._stop_starting()
+        self._lanes[0].answer(self._started(task))
+
+    def _stop_starting(self) -> None:
+        self._starting = None
+        self.loop.forget("start")
 
     def _task_list(self, request: Request) -> dict[str, Any]:
         return {"tasks": [{"id": task.id, "pid": task.pid, "end": task.end}
@@ -180,22 +215,24 @@ class Agent:
                 self._waiting = request
                 self.loop.later("output", wait, self._give_up_waiting)
             return None
-        return self._news(head, pieces)
+        return self._answer(head, pieces)
 
-    def _news(self, head: dict[str, Any] | None, pieces: list[bytes]) -> bytes:
-        told = {**(head or {"tasks": {}, "messages": []}), "epoch": self.table.epoch}
-        body = b"".join([json.dumps(told).encode(), b"\n", *pieces])
-        return wire.response_head(200, {"content-length": str(len(body))}) + body
+    def _answer(self, head: dict[str, Any] | None, pieces: list[bytes]) -> bytes:
+        told = head or {"tasks": {}, "messages": [], "newest_message": 0}
+        return _news({**told, "epoch": self.table.epoch}, pieces)
 
     def _tell(self) -> None:
         """Something happened: answer the host if it waits for that."""
+        self.messages.take()  # what a command said before it ended comes with its end
+        if self._starting is not None and self._ended(self._starting):
+            self._give_up_starting()
         if self._waiting is not None and (answer := self._output(self._waiting)) is not None:
             self._stop_waiting()
             self._lanes[1].answer(answer)
 
     def _give_up_waiting(self) -> None:
         self._waiting = None
-        self._lanes[1].answer(self._news(None, []))
+        self._lanes[1].answer(self._answer(None, []))
 
     def _stop_waiting(self) -> None:
         self._waiting = None
@@ -218,26 +255,30 @@ class Agent:
                 told[key] = {"unknown": True}
                 news = True
                 continue
-            end = task.end
-            streams: dict[str, Any] = {}
-            complete = True
-            for stream, window in task.windows.items():
-                have = int(offsets.get(stream, 0))
-                self.table.acknowledge(task, stream, have)
-                offset, data = window.read(have, min(wire.MAX_STREAM_PIECE, room))
-                room -= len(data)
-                pieces.append(data)
-                streams[stream] = {"offset": offset, "length": len(data)}
-                complete = complete and offset + len(data) == window.end
-                news = news or bool(data)
-            # The result is told with the last byte, never before it.
-            told[key] = {**streams, "end": end if complete else None}
-            news = news or (end is not None and complete)
-        messages = self.messages.after(after)
-        if messages:
-            news = True
-            messages = messages[:200]
-        return ({"tasks": told, "messages": messages}, pieces) if news else (None, [])
+            told[key], room = self._news_of(task, offsets, pieces, room)
+            news = news or told[key]["end"] is not None or any(
+                told[key][stream]["length"] for stream in task.windows)
+        if not news and not self.messages.after(after):
+            return None, []
+        return {"tasks": told, **self.messages.told(after)}, pieces
+
+    def _news_of(self, task: Task, offsets: dict[str, Any], pieces: list[bytes],
+                 room: int) -> tuple[dict[str, Any], int]:
+        """What the host, which has all before ``offsets``, does not know; and the room left."""
+        end = task.end
+        told: dict[str, Any] = {}
+        complete = True
+        for stream, window in task.windows.items():
+            have = int(offsets.get(stream, 0))
+            self.table.acknowledge(task, stream, have)
+            offset, data = window.read(have, min(wire.MAX_STREAM_PIECE, room))
+            room -= len(data)
+            pieces.append(data)
+            told[stream] = {"offset": offset, "length": len(data)}
+            complete = complete and offset + len(data) == window.end
+        # The result is told with the last byte, never before it.
+        told["end"] = end if complete else None
+        return told, room
 
     # -- the input lane ------------------------------------------------------------------------
 
@@ -275,7 +316,7 @@ class Agent:
             self.table.stop_waiting(task)
 
 
-def _guarded(handler: Callable[[Request], dict[str, Any]], request: Request) -> dict[str, Any]:
+def _guarded(handler: Callable[[Request], T], request: Request) -> T:
     """Run a handler; what goes wrong with files becomes an answer, not the agent's end."""
     try:
         return handler(request)
@@ -287,5 +328,7 @@ def _guarded(handler: Callable[[Request], dict[str, Any]], request: Request) -> 
         raise Refused(400, "malformed", f"a request that cannot be read: {error}") from error
 
 
-def _nothing() -> None:
-    """An answer that nobody waits for any more leaves nothing to undo."""
+def _news(told: dict[str, Any], pieces: list[bytes]) -> bytes:
+    """An answer of one line of JSON and the bytes that it speaks of."""
+    body = b"".join([json.dumps(told).encode(), b"\n", *pieces])
+    return wire.response_head(200, {"content-length": str(len(body))}) + body

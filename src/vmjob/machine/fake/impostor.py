@@ -72,7 +72,7 @@ def _count_requests(most: int) -> None:
     real = server.Agent._control  # noqa: SLF001 - the agent has no other place to go wrong at
     left = most
 
-    def counted(self: server.Agent, request: Any) -> bytes:
+    def counted(self: server.Agent, request: Any) -> bytes | None:
         nonlocal left
         left -= 1
         if left < 0:
