@@ -286,10 +286,10 @@ async def test_a_flood_of_messages_is_bounded(client: AgentClient) -> None:
 
 
 async def test_a_short_command_is_told_in_one_exchange(client: AgentClient) -> None:
-    polled = client._output.sent  # noqa: SLF001
+    polled = client._output.sent
     end, out, err = await run(client, "sh", "-c", "echo out; echo err >&2; exit 3", wait=5.0)
     assert (end.exit_code, out, err) == (3, b"out\n", b"err\n")
-    assert client._output.sent == polled  # noqa: SLF001
+    assert client._output.sent == polled
 
 
 async def test_a_command_that_is_not_short_goes_on_where_its_start_left_off(
