@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from vmjob.engine.session import open_session
+from vmjob.guest.client import SHORT_COMMAND
 from vmjob.home import Home
 from vmjob.image.initrd import Entry, newc
 from vmjob.image.recipe import Recipe
@@ -88,7 +89,7 @@ def bare_boot(image: Image, place: Path) -> list[str]:
 async def inside(home: Home, image: Image, runs: int, size: int, place: Path) -> dict[str, Any]:
     """What is measured on one running machine."""
     shape = MachineSpec(id="", directory=home.root, memory_mb=MEMORY, accelerator="tcg",
-                        boot=BootParts(image.kernel, image.initrd, image.root, image.scratch))
+                        boot=BootParts.of(image))
     found: dict[str, Any] = {}
     async with open_session(home, QemuDriver(), shape) as session:
         client = session.client
@@ -96,7 +97,7 @@ async def inside(home: Home, image: Image, runs: int, size: int, place: Path) ->
         async def drop(stream: str, data: bytes) -> None: ...
 
         async def run(*command: str) -> None:
-            task = await client.start(list(command))
+            task = await client.start(list(command), wait=SHORT_COMMAND)
             await client.follow(task, drop)
             client.forget(task)
 

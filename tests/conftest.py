@@ -75,6 +75,13 @@ def ours_outside() -> set[str]:
     return {str(path) for place in places for pattern in patterns for path in place.glob(pattern)}
 
 
+@pytest.fixture(autouse=True)
+def no_quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake machine has no kernel that puts work off."""
+    if request.node.get_closest_marker("vm") is None:
+        monkeypatch.setattr("vmjob.engine.freezing.QUIET", 0)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A home of the test's own."""
@@ -125,7 +132,7 @@ def science_image(image_home: Home) -> Image:
 
 
 def boot_parts(image: Image) -> BootParts:
-    return BootParts(image.kernel, image.initrd, image.root, image.scratch)
+    return BootParts.of(image)
 
 
 @pytest.fixture

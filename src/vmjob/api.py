@@ -92,7 +92,7 @@ async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, c
         return store.verified(image)
 
     found = await anyio.to_thread.run_sync(find)
-    boot = BootParts(found.kernel, found.initrd, found.root, found.scratch)
+    boot = BootParts.of(found)
     proof = await accelerators.choose(home, accel, boot)
     shape = MachineSpec(id="", directory=home.root, boot=boot, memory_mb=memory_mb, cpus=cpus,
                         disk_gb=disk_gb, network=network, accelerator=proof.accelerator)

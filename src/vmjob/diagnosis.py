@@ -74,7 +74,7 @@ def _image(home: Home, findings: list[Finding]) -> Image | None:
 
 
 async def _accelerators(home: Home, image: Image, fresh: bool) -> list[Finding]:
-    boot = BootParts(image.kernel, image.initrd, image.root, image.scratch)
+    boot = BootParts.of(image)
     proofs = [await accelerators.prove(home, name, boot, fresh=fresh)
               for name in accelerators.candidates()]
     working = [proof for proof in proofs if proof.works]

@@ -178,6 +178,14 @@ class MachineStartFailed(MachineError):
     standing_advice = "Run `vmjob doctor`; `--keep-on-failure` keeps the machine's logs."
 
 
+class TemplateUnusable(MachineError):
+    """A frozen machine is damaged; it is made anew by itself."""
+
+    code = "template-unusable"
+    retryable = True
+    standing_advice = "Run it again; `vmjob clean --templates` removes all frozen machines."
+
+
 class BootTimeout(MachineError):
     code = "boot-timeout"
     standing_advice = "The computer may be overloaded: try again, or give it more time."

@@ -4,6 +4,7 @@ The layout is an interface; ``docs/reference/home.md`` describes each file.
 
     images/NAME/        one image: manifest.json and its parts
     machines/ID/        one machine, gone when its owner is
+    templates/KEY/      one frozen machine
     cache/              facts that can be found again (proved accelerators)
     locks/              one file per thing that only one process may do
 """
@@ -39,6 +40,10 @@ class Home:
     @property
     def machines(self) -> Path:
         return self._directory("machines")
+
+    @property
+    def templates(self) -> Path:
+        return self._directory("templates")
 
     @property
     def cache(self) -> Path:

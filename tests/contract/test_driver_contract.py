@@ -310,7 +310,7 @@ from vmjob.machine.fake import FakeDriver
 from vmjob.machine.qemu.driver import QemuDriver
 
 async def main(name, directory, parts):
-    boot = BootParts(*map(Path, parts)) if parts else None
+    boot = BootParts("", *map(Path, parts)) if parts else None
     driver = FakeDriver() if name == "fake" else QemuDriver()
     machine = await driver.create(MachineSpec("m1", Path(directory), boot, memory_mb=256))
     lanes = await machine.start()

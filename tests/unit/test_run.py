@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 from tests.conftest import eventually
-from vmjob.engine import session as session_module
+from vmjob.engine import starting as starting_module
 from vmjob.engine.ownership import claim, leftovers, sweep
 from vmjob.engine.record import Record
 from vmjob.engine.run import Request, run_job
@@ -104,7 +104,7 @@ async def test_inputs_go_in_and_outputs_come_out(run: Runner, tmp_path: Path) ->
     assert (tmp_path / "out").read_text() == "HELLO"
     assert record.outputs[0].size == 5
     assert record.outputs[0].sha256.startswith("3733cd977ff8eb18")
-    assert set(record.phases) >= {"machine", "boot", "inputs", "run", "outputs", "total"}
+    assert set(record.phases) >= {"template", "machine", "thaw", "inputs", "run", "outputs", "total"}
     assert run.grid.phases == ["machine", "boot", "inputs", "run", "outputs", "end"]
 
 
@@ -190,7 +190,7 @@ async def test_a_machine_that_does_not_start_says_why(run: Runner) -> None:
 @pytest.mark.parametrize("said", [b"\xff" * 1000, b"HTTP/1.1 200 OK\r\n\r\n" * 100, b""])
 async def test_something_that_is_no_agent_is_found_out(
         run: Runner, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "BOOT_DEADLINE", 0.3)
+    monkeypatch.setattr(starting_module, "BOOT_DEADLINE", 0.3)
     record = await run("true", faults=Faults(says=said))
     assert (code(record), record.exit_code) == ("boot-timeout", 125)
 

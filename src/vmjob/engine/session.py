@@ -13,28 +13,25 @@ from typing import Any
 
 import anyio
 
+from vmjob.engine.freezing import lease
 from vmjob.engine.ownership import claim, sweep
+from vmjob.engine.starting import boot, explain, thaw
+from vmjob.engine.templates import Lease, TemplateStore
 from vmjob.errors import (
     AgentLost,
     AgentProtocol,
     AgentSilent,
-    BootTimeout,
-    GuestPanic,
+    GuestError,
     HostDiskFull,
-    MachineDied,
+    MachineError,
+    TemplateUnusable,
     VmjobError,
 )
 from vmjob.guest.client import AgentClient, Hello
 from vmjob.home import Home
-from vmjob.machine.contract import Driver, Ended, EndReason, Machine, MachineSpec
+from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, Machine, MachineSpec
 
-__all__ = ["BOOT_DEADLINE", "Session", "beside", "describe", "open_session"]
-
-#: Seconds from power-on until the agent must answer. Measured: 2 s under TCG on an idle computer;
-#: a loaded single-core computer may need 60 times that.
-BOOT_DEADLINE = 180.0
-#: Seconds to wait for a machine's end after its lanes broke, to learn why they did.
-END_PATIENCE = 10.0
+__all__ = ["Session", "beside", "describe", "open_session"]
 
 #: Files of a machine's directory that `keep` copies: what a failure report needs.
 REPORT = ("argv.json", "qmp.json", "console.log", "qemu.log", "owner.json")
@@ -53,6 +50,8 @@ class Session:
         self.ready = time.monotonic()
         #: Set by who runs a job whose own result was a failure: its logs are kept as well.
         self.failed = False
+        #: Why the machine was booted although it should have been a copy; None where it was not.
+        self.cold_because: str | None = None
 
     @contextlib.asynccontextmanager
     async def explaining(self) -> AsyncIterator[None]:
@@ -63,59 +62,82 @@ class Session:
             raise await explain(self.machine, error) from error
 
 
-async def explain(machine: Machine, error: VmjobError) -> VmjobError:
-    """The error that a user should see when a lane failed with ``error``."""
-    patience = END_PATIENCE if isinstance(error, AgentLost) else 0.5
-    with anyio.move_on_after(patience), anyio.CancelScope(shield=True):
-        with anyio.move_on_after(patience):
-            return end_error(await machine.ended(), machine.console())
-    return error
-
-
-def end_error(ended: Ended, console: str) -> VmjobError:
-    """A machine's unexpected end as an error."""
-    kinds: dict[EndReason, type[VmjobError]] = {
-        EndReason.PANIC: GuestPanic, EndReason.RESET: AgentLost,
-        EndReason.NO_SPACE: HostDiskFull}
-    tail = "\n".join(console.splitlines()[-15:])
-    return kinds.get(ended.reason, MachineDied)(ended.detail, reason=str(ended.reason),
-                                                console=tail)
-
-
 def _unheard(phase: str) -> None:
     """A phase that nobody asked for."""
 
 
 @contextlib.asynccontextmanager
-async def open_session(home: Home, driver: Driver, shape: MachineSpec, *,
+async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: bool = False,
                        on_phase: Callable[[str], None] = _unheard,
                        keep: Path | None = None) -> AsyncIterator[Session]:
     """A fresh machine of the given shape, its agent answering; gone when the block ends.
 
+    It is a copy of a template, which is made first where there is none, unless ``cold``: then it
+    boots. It boots as well when its template fails; `Session.cold_because` then says why.
     ``shape.id`` and ``shape.directory`` are set here. With ``keep``, an error within the block
     (or `Session.failed`) leaves the machine's logs in a directory below it.
     """
     sweep(home)
+    async with contextlib.AsyncExitStack() as stack:
+        session = why = None
+        if not cold and driver.capabilities.templates:
+            try:
+                template = await lease(home, driver, shape, on_phase)
+                stack.callback(template.close)
+                session = await _copy(stack, home, driver, shape, template, on_phase, keep)
+            except (MachineError, GuestError, HostDiskFull) as error:
+                why = error.message
+        if session is None:
+            session = await stack.enter_async_context(
+                _machine(home, driver, shape, on_phase, keep))
+            session.cold_because = why
+        yield session
+
+
+async def _copy(stack: contextlib.AsyncExitStack, home: Home, driver: Driver, shape: MachineSpec,
+                template: Lease, on_phase: Callable[[str], None], keep: Path | None) -> Session:
+    """A copy of a template; if it fails, or the files changed meanwhile, nobody else gets it."""
+    spec = replace(shape, template=template.template.directory)
+    machine = _machine(home, driver, spec, on_phase, keep)
+    try:
+        session = await machine.__aenter__()
+        try:
+            template.check()
+        except TemplateUnusable as error:
+            await machine.__aexit__(type(error), error, error.__traceback__)
+            raise
+    except (MachineError, GuestError):
+        TemplateStore(home).condemn(template.template.key)
+        raise
+    stack.push_async_exit(machine)
+    return session
+
+
+@contextlib.asynccontextmanager
+async def _machine(home: Home, driver: Driver, shape: MachineSpec,
+                   on_phase: Callable[[str], None], keep: Path | None) -> AsyncIterator[Session]:
     with claim(home) as (name, directory):
         spec = replace(shape, id=name, directory=directory)
         on_phase("machine")
         machine = await driver.create(spec)
-        session: Session | None = None
         try:
             started = time.monotonic()
-            lanes = await machine.start()
-            client = AgentClient(lanes)
+            on_phase("boot" if spec.template is None else "thaw")
             try:
-                on_phase("boot")
-                hello = await _first_answer(machine, client)
-                if spec.disk_gb > 1 and driver.capabilities.isolated:
-                    await client.grow_disk()
-                session = Session(machine, client, hello, started)
-                yield session
+                if spec.template is None:
+                    client, hello = await boot(driver, machine)
+                else:
+                    client, hello = await thaw(machine, spec.disk_gb > TEMPLATE_DISK_GB)
+                try:
+                    session = Session(machine, client, hello, started)
+                    yield session
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await machine.stop()
+                        client.close()
             finally:
                 with anyio.CancelScope(shield=True):
                     await machine.stop()
-                    client.close()
             if keep is not None and session.failed:
                 keep_report(directory, keep / name)
         except VmjobError as error:
@@ -124,16 +146,6 @@ async def open_session(home: Home, driver: Driver, shape: MachineSpec, *,
             raise
         finally:
             await machine.destroy()
-
-
-async def _first_answer(machine: Machine, client: AgentClient) -> Hello:
-    try:
-        return await client.hello(BOOT_DEADLINE)
-    except AgentSilent:
-        raise BootTimeout(f"the machine did not come up within {BOOT_DEADLINE:g} seconds",
-                          console=machine.console()[-2000:]) from None
-    except (AgentLost, AgentProtocol) as error:
-        raise await explain(machine, error) from error
 
 
 @contextlib.asynccontextmanager

@@ -6,8 +6,11 @@ One `AgentClient` per machine. It may be used by several tasks of one event loop
 from __future__ import annotations
 
 import math
+import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
@@ -24,10 +27,10 @@ from vmjob.errors import (
     GuestRefused,
 )
 from vmjob.guest.agent import wire
-from vmjob.guest.lane import DEADLINE, Lane, parse_object
+from vmjob.guest.lane import DEADLINE, Answer, Lane, parse_object
 from vmjob.guest.transfer import Progress, Transfer
 
-__all__ = ["AgentClient", "Entry", "Hello", "Limits", "Sink", "TaskEnd"]
+__all__ = ["AgentClient", "Entry", "Hello", "Identity", "Limits", "Sink", "TaskEnd"]
 
 #: Seconds that one long poll waits in the machine; then the host asks again.
 POLL = 50.0
@@ -53,6 +56,27 @@ class Hello(msgspec.Struct, frozen=True):
     cpus: int
     memory_bytes: int
     workdir: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes one machine of many (it may be a copy of a frozen one).
+
+    ``seed``: 64 secret random bytes; ``machine_id``: 32 hexadecimal digits; ``mac``: 6 bytes, for
+    a machine with a network.
+    """
+
+    hostname: str
+    seed: bytes
+    machine_id: str
+    mac: bytes | None = None
+
+    @classmethod
+    def fresh(cls, hostname: str, *, network: bool) -> Identity:
+        """One that nobody has had before."""
+        # The second-lowest bit of the first byte: administered locally, not by a maker.
+        mac = b"\x52\x54\x00" + os.urandom(3) if network else None
+        return cls(hostname, os.urandom(64), os.urandom(16).hex(), mac)
 
 
 class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -109,13 +133,16 @@ class _Follower:
 
 
 class AgentClient:
-    """The agent of one machine, over its lanes (`wire.LANES`: name -> socket)."""
+    """The agent of one machine, over its lanes (`wire.LANES`: name -> socket).
 
-    def __init__(self, lanes: Mapping[str, socket.socket]) -> None:
-        self._control = Lane(lanes["control"], "control")
-        self._output = Lane(lanes["output"], "output")
-        self._input = Lane(lanes["input"], "input")
-        self._transfer = Transfer(lanes["data"])
+    ``clean``: no exchange was ever cut off on these lanes, so none needs a resynchronisation.
+    """
+
+    def __init__(self, lanes: Mapping[str, socket.socket], *, clean: bool = False) -> None:
+        self._control = Lane(lanes["control"], "control", clean=clean)
+        self._output = Lane(lanes["output"], "output", clean=clean)
+        self._input = Lane(lanes["input"], "input", clean=clean)
+        self._transfer = Transfer(lanes["data"], clean=clean)
         self._followers: dict[int, _Follower] = {}
         self._early: dict[int, _Follower] = {}
         self._polling = anyio.Lock()
@@ -142,6 +169,20 @@ class AgentClient:
         Raises `AgentVersion` when host and image are too far apart.
         """
         answer = await self._control.request("GET", "/v1/hello", deadline=deadline)
+        return self._agreed(answer)
+
+    async def introduce(self, identity: Identity, deadline: float = DEADLINE) -> Hello:
+        """Tell the machine who it is and what time it is: before anything else is asked of it.
+
+        For one that answers already; the time is that of the call. Raises as `hello` does.
+        """
+        said = {"seed": identity.seed.hex(), "hostname": identity.hostname, "time": time.time(),
+                "machine_id": identity.machine_id,
+                "mac": identity.mac.hex() if identity.mac else None}
+        answer = await self._control.request("POST", "/v1/identity", said, deadline=deadline)
+        return self._agreed(answer)
+
+    def _agreed(self, answer: Answer) -> Hello:
         hello = _convert(answer.json(), Hello)
         if hello.protocol < wire.OLDEST_PROTOCOL or hello.oldest > wire.PROTOCOL_VERSION:
             raise AgentVersion(f"the image's agent speaks protocol {hello.oldest} to "
@@ -160,9 +201,17 @@ class AgentClient:
             raise AgentLost("the agent in the machine was replaced by another one")
         return answer
 
-    async def grow_disk(self) -> int:
-        """Let the file system fill its disk; returns its size in bytes."""
-        answer = await self._control.request("POST", "/v1/disk", deadline=DEADLINE)
+    async def settle(self) -> None:
+        """Let the machine's kernel forget what it has read from disk so far."""
+        await self._control.request("POST", "/v1/settle")
+
+    async def sleep(self) -> None:
+        """Get the machine ready for being frozen; then it waits for `introduce`."""
+        await self._control.request("POST", "/v1/sleep")
+
+    async def grow_disk(self, size: int) -> int:
+        """Let the file system fill its disk of at least ``size`` bytes; returns its own size."""
+        answer = await self._control.request("POST", f"/v1/disk?size={size}")
         return _number(answer.json(), "size_bytes")
 
     # -- commands ------------------------------------------------------------------------------

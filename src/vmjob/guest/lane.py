@@ -66,14 +66,14 @@ def resync_message() -> tuple[bytes, bytes]:
 class Lane:
     """Requests on one lane, one at a time; callers queue."""
 
-    def __init__(self, sock: socket.socket, name: str) -> None:
+    def __init__(self, sock: socket.socket, name: str, *, clean: bool = False) -> None:
         sock.setblocking(False)
         self.name = name
         self.received = 0
         self.sent = 0
         self._sock = sock
         self._buffer = bytearray()
-        self._dirty = True
+        self._dirty = not clean
         self._lock = anyio.Lock()
 
     async def request(self, method: str, target: str, body: bytes | Mapping[str, Any] = b"", *,

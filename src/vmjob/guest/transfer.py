@@ -56,12 +56,12 @@ Progress = Callable[[int], None]
 class Transfer:
     """Puts and gets on the data lane; one at a time, callers queue."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, clean: bool = False) -> None:
         self._sock = sock
         self._cancel_reader, self._cancel_writer = os.pipe()
         self._channel = Channel(sock.fileno(), wire.MAX_RESPONSE_PIECE, patience=PATIENCE,
                                 cancel=self._cancel_reader)
-        self._dirty = True
+        self._dirty = not clean
         self._lock = anyio.Lock()
 
     def close(self) -> None:

@@ -57,6 +57,16 @@ def device_identity(path: str) -> str | None:
     return f"{path}:{facts.st_rdev}:{platform.release()}"
 
 
+def processor() -> str:
+    """What tells this computer's processor, and all that it announces, from another; '' unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines
+                             if line.startswith(("model name", "flags", "microcode"))}))
+
+
 def user_namespaces() -> str | None:
     """None when this user can make images without being root; else what is missing."""
     if os.geteuid() == 0:

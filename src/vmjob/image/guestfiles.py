@@ -12,9 +12,6 @@ __all__ = ["agent_sources", "digest_input", "overlay_tar", "resource"]
 GUEST_DIRECTORY = "usr/lib/vmjob"
 AGENT_PACKAGE = "vmjob_agent"
 
-_HOSTS = b"127.0.0.1\tlocalhost vmjob\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-
-
 def resource(name: str) -> bytes:
     """The script ``name`` of ``vmjob/image/guest``: init, pid1 or customize."""
     return (importlib.resources.files("vmjob.image") / "guest" / name).read_bytes()
@@ -44,18 +41,22 @@ def overlay_tar(agent: dict[str, bytes], pid1: bytes, mtime: int) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
-        def add(name: str, mode: int, data: bytes | None) -> None:
+        def add(name: str, mode: int, data: bytes | None, link: str = "") -> None:
             info = tarfile.TarInfo(name)
             info.mode, info.mtime, info.uname, info.gname = mode, mtime, "root", "root"
-            if data is None:
+            if link:
+                info.type, info.linkname = tarfile.SYMTYPE, link
+                tar.addfile(info)
+            elif data is None:
                 info.type = tarfile.DIRTYPE
                 tar.addfile(info)
             else:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
-        add("etc/hostname", 0o644, b"vmjob\n")
-        add("etc/hosts", 0o644, _HOSTS)
+        # Different in each machine: the agent writes them when the host says who this one is.
+        for name in ("hostname", "hosts", "machine-id"):
+            add(f"etc/{name}", 0o777, None, link=f"/run/{name}")
         add("job", 0o755, None)
         add(GUEST_DIRECTORY, 0o755, None)
         add(f"{GUEST_DIRECTORY}/init", 0o755, pid1)

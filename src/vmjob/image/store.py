@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from vmjob.errors import ImageBuildFailed, ImageCorrupt, ImageMissing, ImageOutdated
 from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
 from vmjob.home import Home, locked, remove_tree
-from vmjob.host.facts import boot_id
+from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.image import manifest
 from vmjob.image.build import Progress, build
 from vmjob.image.manifest import Manifest
@@ -47,6 +46,12 @@ class Image:
     @property
     def scratch(self) -> Path:
         return self._part("scratch")
+
+    @property
+    def digest(self) -> str:
+        """Hash of all its parts; another one means another image."""
+        parts = ((name, part.sha256) for name, part in sorted(self.manifest.parts.items()))
+        return hashlib.sha256(repr(list(parts)).encode()).hexdigest()
 
     def _part(self, name: str) -> Path:
         return self.directory / self.manifest.parts[name].file
@@ -108,9 +113,9 @@ class ImageStore:
                                 f"{OLDEST_PROTOCOL} to {PROTOCOL_VERSION}")
         seal = _seal(image)
         path = self._home.cache / f"verified-{name}.json"
-        if _read_seal(path) != seal:
+        if read_seal(path) != seal:
             self.verify(name)
-            _write_seal(path, seal)
+            write_seal(path, seal)
         return image
 
     def current(self, recipe: Recipe) -> Image | None:
@@ -199,30 +204,12 @@ class ImageStore:
 
 
 def _seal(image: Image) -> dict[str, object]:
-    """What is equal as long as nobody touched the parts since this computer started."""
-    parts: dict[str, object] = {}
-    for name, part in image.manifest.parts.items():
-        try:
-            facts = (image.directory / part.file).stat()
-        except OSError as error:
-            raise ImageCorrupt(f"image {image.name!r}: its {name} cannot be read: "
-                               f"{error.strerror}", image=image.name, part=name) from error
-        parts[name] = [part.sha256, facts.st_ino, facts.st_size, facts.st_mtime_ns,
-                       facts.st_ctime_ns]
-    return {"boot": boot_id(), "parts": parts}
-
-
-def _read_seal(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _write_seal(path: Path, seal: dict[str, object]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(seal), encoding="utf-8")
-    temporary.replace(path)
+        return seal_of((image.directory / part.file, part.sha256)
+                       for part in image.manifest.parts.values())
+    except OSError as error:
+        raise ImageCorrupt(f"image {image.name!r}: {error.filename} cannot be read: "
+                           f"{error.strerror}", image=image.name) from error
 
 
 def _fsync(path: Path) -> None:

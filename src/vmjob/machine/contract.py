@@ -13,10 +13,19 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from vmjob.image.store import Image
 
 __all__ = ["BootParts", "Capabilities", "Driver", "Ended", "EndReason", "Machine", "MachineSpec",
-           "Status"]
+           "TEMPLATE_DISK_GB", "Status"]
+
+
+#: Largest disk of a template's machine, GiB. A copy that is to have a larger one is grown by its
+#: driver after the start; growing the file system to this size takes 80 ms under TCG, which is
+#: spent once per template.
+TEMPLATE_DISK_GB = 10
 
 
 class Status(enum.StrEnum):
@@ -56,6 +65,7 @@ class Capabilities:
     ``checkpoint``: memory, devices and disk can be kept and continued in a new process.
     ``networks``: values of `MachineSpec.network` that it can give.
     ``console``: the guest's console output is kept.
+    ``templates``: a machine can be frozen and others started as its copies.
     ``isolated``: the guest cannot reach the host but through its lanes; false for the fake,
     whose jobs are processes of this computer.
     """
@@ -64,17 +74,28 @@ class Capabilities:
     checkpoint: bool
     networks: frozenset[str]
     console: bool
+    templates: bool
     isolated: bool
 
 
 @dataclass(frozen=True)
 class BootParts:
-    """The parts of an image that a machine boots from; none is ever written."""
+    """The parts of an image that a machine boots from; none is ever written.
 
+    ``digest`` changes when any of them does.
+    """
+
+    digest: str
     kernel: Path
     initrd: Path
     root: Path
     scratch: Path
+
+
+    @classmethod
+    def of(cls, image: Image) -> BootParts:
+        """The parts of an image of the store."""
+        return cls(image.digest, image.kernel, image.initrd, image.root, image.scratch)
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,10 @@ class MachineSpec:
     ``directory`` exists, is empty and belongs to this machine alone; everything the
     driver writes is below it. ``memory_mb`` in MiB, ``disk_gb`` in GiB (the most that the
     machine's disk writes may take). ``network`` is ``none`` or ``nat``. ``accelerator`` is one
-    that was proved to work.
+    that was proved to work; ``cpu_model`` None is the driver's own choice for it.
+
+    ``template``: the directory of a frozen machine of which this one is a copy. ``freezable``: it
+    is to become such a template itself (see `Machine.freeze`).
     """
 
     id: str
@@ -96,6 +120,8 @@ class MachineSpec:
     network: str = "none"
     accelerator: str = "tcg"
     cpu_model: str | None = None
+    template: Path | None = None
+    freezable: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -127,6 +153,15 @@ class Machine(Protocol):
 
     async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
         """Start from a checkpoint instead of from the image; `NotSupported` where not."""
+        ...
+
+    async def freeze(self) -> list[str]:
+        """Keep a ``freezable`` machine as it is now and end its process.
+
+        Returns the names of the files in its directory that a template consists of; together,
+        under their names in any one directory, they are a `MachineSpec.template`. `NotSupported`
+        where there are no templates.
+        """
         ...
 
     async def stop(self) -> None:
@@ -164,7 +199,17 @@ class Driver(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     async def create(self, spec: MachineSpec) -> Machine:
-        """Make a machine from an image; nothing runs yet. Raises as `Machine.start` does."""
+        """Make a machine from an image or a template; nothing runs yet.
+
+        Raises as `Machine.start` does, and `TemplateUnusable`.
+        """
+        ...
+
+    def identity(self, spec: MachineSpec) -> dict[str, Any]:
+        """Everything of the hypervisor and of ``spec`` that a template depends on, as JSON.
+
+        A template made under one identity is never used under another.
+        """
         ...
 
     async def load(self, spec: MachineSpec) -> Machine:

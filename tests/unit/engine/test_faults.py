@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import eventually, open_descriptors
 from vmjob.engine import ownership
-from vmjob.engine import session as session_module
+from vmjob.engine import starting as starting_module
 from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.record import Record, describe_output
 from vmjob.engine.run import Request, run_job
@@ -101,7 +101,7 @@ async def test_a_machine_that_goes_wrong_is_named_in_the_record(
 @pytest.mark.parametrize("said", [b"", b"x" * 60_000])
 async def test_a_machine_that_never_answers_is_a_boot_timeout(
         run: Runner, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(session_module, "BOOT_DEADLINE", 0.3)
+    monkeypatch.setattr(starting_module, "BOOT_DEADLINE", 0.3)
     assert code(await run("true", faults=Faults(says=said))) == "boot-timeout"
 
 

@@ -20,10 +20,15 @@ RESERVED_MEMORY = 16 * 1024 * 1024
 
 
 class Place:
-    """``workdir`` is where jobs start; ``run`` holds the agent's own files."""
+    """``workdir`` is where jobs start; ``run`` holds the agent's own files.
 
-    def __init__(self, workdir: str, run: str, cgroup: str | None, user: str | None) -> None:
+    ``owns_kernel``: the kernel runs for us alone, so its clock and names are ours to set.
+    """
+
+    def __init__(self, workdir: str, run: str, cgroup: str | None, user: str | None, *,
+                 owns_kernel: bool = False) -> None:
         self.workdir = workdir
+        self.owns_kernel = owns_kernel
         self.run = run
         self.cgroup = cgroup
         self.user = user
@@ -87,7 +92,8 @@ class Place:
         return None if account is None else (account[1], account[2])
 
 
-MACHINE = Place(workdir="/job", run="/run/vmjob", cgroup="/sys/fs/cgroup/vmjob", user="job")
+MACHINE = Place(workdir="/job", run="/run/vmjob", cgroup="/sys/fs/cgroup/vmjob", user="job",
+                owns_kernel=True)
 
 
 def write_file(path: str, text: str) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from . import files, wire
+from . import files, identity, wire
 from .lane import Lane
 from .loop import READ, Loop
 from .messages import Messages
@@ -26,6 +26,9 @@ MAX_WAIT = 60.0
 #: ``_IOW('f', 16, __u64)``: grow a mounted ext4 to so many blocks (Linux, fs/ext4/ext4.h).
 EXT4_IOC_RESIZE_FS = 0x40086610
 BLKGETSIZE64 = 0x80081272
+#: Seconds in which the kernel must have heard that its disk grew, and between looks at it.
+RESIZE_PATIENCE = 5.0
+RESIZE_PERIOD = 0.001
 #: The writable disk (docs/reference/driver-contract.md: the second one).
 DISK = "/dev/vdb"
 #: Longest that the answer to a start waits for the command's end, seconds: it keeps others waiting.
@@ -44,6 +47,8 @@ class Agent:
         self.table = TaskTable(place, self.loop, self._tell)
         self.messages = Messages(place)
         self.generation = os.urandom(16).hex()
+        #: From `_sleep` to `_introduce`: no copy must be used before it has its own identity.
+        self._asleep = False
         self._lanes: list[Lane] = []
         self._open = 0
         self._waiting: Request | None = None
@@ -68,6 +73,8 @@ class Agent:
 
     def _control(self, request: Request) -> bytes | None:
         try:
+            if self._asleep and request.name not in ("hello", "identity"):
+                raise Refused(409, "asleep", "the machine waits for its identity")
             if request.name == "tasks" and request.method == "POST":
                 return _guarded(self._task, request)
             handler = self._handlers().get((request.method, request.name))
@@ -79,11 +86,13 @@ class Agent:
 
     def _handlers(self) -> dict[tuple[str, str], Callable[[Request], dict[str, Any]]]:
         return {
-            ("GET", "hello"): self._hello, ("GET", "ping"): self._ping,
+            ("GET", "hello"): self._hello, ("POST", "identity"): self._introduce,
+            ("GET", "ping"): self._ping,
             ("GET", "tasks"): self._task_list, ("DELETE", "tasks"): self._forget,
             ("GET", "list"): self._list, ("POST", "mkdir"): self._mkdir,
             ("DELETE", "files"): self._delete, ("POST", "messages"): self._message,
-            ("POST", "disk"): self._grow_disk,
+            ("POST", "disk"): self._grow_disk, ("POST", "settle"): self._settle,
+            ("POST", "sleep"): self._sleep,
         }
 
     def _hello(self, request: Request) -> dict[str, Any]:
@@ -97,6 +106,24 @@ class Agent:
         return {"generation": self.generation, "time": time.time(),
                 "load": float(load[0]) if load else None,
                 "memory_available_bytes": memory_facts().get("MemAvailable")}
+
+    def _introduce(self, request: Request) -> dict[str, Any]:
+        """The host says who this machine is."""
+        identity.assume(request.json(), self.place)
+        self._asleep = False
+        self.generation = os.urandom(16).hex()
+        return self._hello(request)
+
+    def _settle(self, request: Request) -> dict[str, Any]:
+        identity.drop_caches(self.place)
+        return {}
+
+    def _sleep(self, request: Request) -> dict[str, Any]:
+        """Get ready for being frozen: nothing to do, nothing in memory that is not needed."""
+        self.table.tidy()
+        identity.clear_free_memory(self.place)
+        self._asleep = True
+        return {}
 
     def _list(self, request: Request) -> dict[str, Any]:
         return files.listing(self.place.resolve(request.required("path")))
@@ -116,11 +143,10 @@ class Agent:
 
     def _grow_disk(self, request: Request) -> dict[str, Any]:
         """Let the writable file system fill its disk, which may be larger than the image's."""
-        fd = os.open(DISK, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, b"\0" * 8))[0]
-        finally:
-            os.close(fd)
+        wanted = int(request.query.get("size", "0"))
+        give_up = time.monotonic() + RESIZE_PATIENCE
+        while (size := disk_size()) < wanted and time.monotonic() < give_up:
+            time.sleep(RESIZE_PERIOD)
         fd = os.open(self.place.workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             facts = os.fstatvfs(fd)
@@ -314,6 +340,15 @@ class Agent:
         self.loop.forget("input")
         for task in self.table.tasks.values():
             self.table.stop_waiting(task)
+
+
+def disk_size() -> int:
+    """Bytes of the writable disk, as the kernel sees it now."""
+    fd = os.open(DISK, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, b"\0" * 8))[0])
+    finally:
+        os.close(fd)
 
 
 def _guarded(handler: Callable[[Request], T], request: Request) -> T:

@@ -130,6 +130,14 @@ class TaskTable:
         if task.end is not None:
             self.tasks.pop(task.id, None)
 
+    def tidy(self) -> None:
+        """Drop all tasks that have ended, and what is left of them."""
+        for task in list(self.tasks.values()):
+            self.forget(task)
+            self._loop.forget(("cgroup", task.id))
+            self._remove_cgroup(task)
+        self._prepare_ahead()
+
     def write_stdin(self, task: Task, offset: int, data: bytes) -> int:
         """Take input at ``offset``; returns how much in all was taken so far.
 

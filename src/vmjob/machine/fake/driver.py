@@ -17,7 +17,13 @@ from typing import Any
 import anyio
 import psutil
 
-from vmjob.errors import MachineStartFailed, NotSupported, WrongState
+from vmjob.errors import (
+    HostDiskFull,
+    MachineStartFailed,
+    NotSupported,
+    TemplateUnusable,
+    WrongState,
+)
 from vmjob.guest.agent.wire import LANES
 from vmjob.host.guard import guarded
 from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec, Status
@@ -27,6 +33,9 @@ __all__ = ["FakeDriver", "FakeMachine"]
 
 #: Seconds from SIGKILL until processes must be gone.
 KILL_DEADLINE = 10.0
+#: A frozen fake machine: its copies start anew, so there is nothing in it.
+MEMORY = "memory"
+FROZEN = "a frozen fake machine\n"
 
 
 class FakeDriver:
@@ -34,15 +43,21 @@ class FakeDriver:
 
     name = "fake"
     capabilities = Capabilities(suspend=True, checkpoint=False, networks=frozenset({"none"}),
-                                console=True, isolated=False)
+                                console=True, templates=True, isolated=False)
 
     def __init__(self, faults: Faults | None = None) -> None:
         self._faults = faults or Faults()
 
     async def create(self, spec: MachineSpec) -> FakeMachine:
+        if spec.template is not None and (spec.template / MEMORY).read_text() != FROZEN:
+            raise TemplateUnusable("the fake machine's memory is not what it was")
         machine = FakeMachine(spec, self._faults)
         machine.workdir.mkdir()
         return machine
+
+    def identity(self, spec: MachineSpec) -> dict[str, Any]:
+        return {"memory_mb": spec.memory_mb, "cpus": spec.cpus, "network": spec.network,
+                "version": self._faults.version}
 
     async def load(self, spec: MachineSpec) -> FakeMachine:
         machine = FakeMachine(spec, self._faults)
@@ -108,6 +123,14 @@ class FakeMachine:
 
     async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
         raise NotSupported("the fake driver makes no checkpoints")
+
+    async def freeze(self) -> list[str]:
+        self._require_running()
+        if self._faults.freeze is not None:
+            raise HostDiskFull(self._faults.freeze)
+        (self.spec.directory / MEMORY).write_text(FROZEN)
+        await self.stop()
+        return [MEMORY]
 
     async def stop(self) -> None:
         if self._keeper is None or self._ended is None:

@@ -14,7 +14,8 @@ __all__ = ["Faults"]
 class Faults:
     """What is to go wrong in a fake machine.
 
-    ``start``: `start` fails with this text. ``says``: instead of the agent, something that says
+    ``start``, ``freeze``: these calls fail with this text. ``version``: of the hypervisor.
+    ``says``: instead of the agent, something that says
     these bytes (at most 64 KiB, the socket's buffer takes them), unasked, and then is silent; with
     b"" the agent never answers. ``answers``: something that resynchronises properly and then
     answers each request with these bytes. ``endless_head``: the same, with a header that has no
@@ -25,6 +26,8 @@ class Faults:
     """
 
     start: str | None = None
+    freeze: str | None = None
+    version: str | None = None
     says: bytes | None = None
     answers: bytes | None = None
     endless_head: bool = False
@@ -36,7 +39,8 @@ class Faults:
     @property
     def needs_impostor(self) -> bool:
         """Whether the machine's agent is not simply the real one."""
-        return self != Faults(start=self.start, console=self.console)
+        return self != Faults(start=self.start, freeze=self.freeze, version=self.version,
+                              console=self.console)
 
     def encoded(self) -> str:
         """The form in which the impostor takes it, on its command line."""

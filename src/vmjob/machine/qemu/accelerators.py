@@ -73,8 +73,8 @@ async def prove(home: Home, accelerator: str, boot: BootParts, *, fresh: bool = 
                else "there is no /dev/kvm")
         return Proof(accelerator, False, why)
     binary = programs.find(programs.system_binary())
-    version = await anyio.to_thread.run_sync(programs.version, binary)
-    ground = "|".join((boot_id(), version, str(device_identity("/dev/kvm")), accelerator))
+    ground = "|".join((boot_id(), programs.identity(binary), str(device_identity("/dev/kvm")),
+                       accelerator))
     path = home.cache / f"accelerator-{accelerator}.json"
     if not fresh and (known := _remembered(path, ground, accelerator)):
         return known

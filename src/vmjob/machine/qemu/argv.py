@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmjob.guest.agent.wire import LANES, PORT_PREFIX
-from vmjob.machine.contract import MachineSpec
+from vmjob.machine.contract import BootParts, MachineSpec
 
 __all__ = ["Descriptors", "command_line", "kernel_arguments", "overlay_command"]
 
@@ -35,6 +35,12 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 #: being announced as fast: TCG runs it byte by byte, and copies are 3 times slower (measured).
 CPU_MODELS = {"tcg": "max,erms=off,fsrm=off", "kvm": "host", "hvf": "host", "whpx": "max"}
 
+#: Node name of the machine's writable disk.
+DISK = "scratch"
+#: The guest's memory, in the directory of a machine that is to be frozen.
+MEMORY_FILE = "memory"
+
+
 @dataclass(frozen=True)
 class Descriptors:
     """Numbers of the descriptors that QEMU inherits: one end of a socket pair each."""
@@ -42,6 +48,9 @@ class Descriptors:
     monitor: int
     console: int
     lanes: Mapping[str, int]
+    #: Of the template that the machine is a copy of: its memory, and its disk.
+    template_memory: int | None = None
+    template_overlay: int | None = None
 
 
 def kernel_arguments(spec: MachineSpec) -> str:
@@ -51,22 +60,54 @@ def kernel_arguments(spec: MachineSpec) -> str:
     return " ".join((*KERNEL_ARGUMENTS, *emulated, *network))
 
 
-def _json(**content: Any) -> str:
-    return json.dumps({key.replace("_", "-"): value for key, value in content.items()})
-
-
-def _disk(name: str, path: Path, driver: str, *, read_only: bool) -> list[str]:
-    """A block device; JSON, because a path may hold commas, blanks and any letter."""
-    cache = {"direct": False, "no-flush": True}  # a machine's disk need not survive the machine
-    file = {"driver": "file", "filename": str(path), "node-name": f"{name}-file",
-            "read-only": read_only, "cache": cache}
+def _layer(name: str, path: str, driver: str, *, read_only: bool,
+           backing: str | None = None) -> list[str]:
+    """A layer of a disk; JSON, because a path may hold commas, blanks and any letter."""
+    # A machine's disk need not survive the machine.
+    common: dict[str, Any] = {"read-only": read_only, "cache": {"direct": False, "no-flush": True}}
     if not read_only:
-        file["discard"] = "unmap"
-    return ["-blockdev", json.dumps(file),
-            "-blockdev", json.dumps({"driver": driver, "node-name": name, "file": f"{name}-file",
-                                     "read-only": read_only, "cache": cache}
-                                    | ({} if read_only else {"discard": "unmap"})),
-            "-device", f"virtio-blk-pci,drive={name},id={name}-disk"]
+        common["discard"] = "unmap"
+    file = {"driver": "file", "filename": path, "node-name": f"{name}-file", **common}
+    layer = {"driver": driver, "node-name": name, "file": f"{name}-file", **common}
+    if driver == "qcow2":
+        layer["backing"] = backing
+    return ["-blockdev", json.dumps(file), "-blockdev", json.dumps(layer)]
+
+
+def _device(name: str) -> list[str]:
+    return ["-device", f"virtio-blk-pci,drive={name},id={name}-disk"]
+
+
+def _disks(boot: BootParts, overlay: Path, fds: Descriptors) -> list[str]:
+    """The image's root, and the machine's disk: an overlay on the image's or on a template's.
+
+    The layers are named here and not taken from the files: what is opened is what was checked.
+    """
+    layers = [*_layer("root", str(boot.root), "raw", read_only=True), *_device("root"),
+              *_layer("base", str(boot.scratch), "qcow2", read_only=True)]
+    below = "base"
+    if fds.template_overlay is not None:
+        below = "template"
+        layers += _layer(below, f"/proc/self/fd/{fds.template_overlay}", "qcow2", read_only=True,
+                         backing="base")
+    return [*layers, *_layer(DISK, str(overlay), "qcow2", read_only=False, backing=below),
+            *_device(DISK)]
+
+
+def _memory(spec: MachineSpec, overlay: Path, fds: Descriptors) -> tuple[str, list[str]]:
+    """The guest's memory: more of the machine's options, and its backend if it has one.
+
+    That of a template is its file; a copy maps it privately and copies a page when it writes it.
+    """
+    if fds.template_memory is not None:
+        path, share = f"/proc/self/fd/{fds.template_memory}", False
+    elif spec.freezable:
+        path, share = str(overlay.with_name(MEMORY_FILE)), True
+    else:
+        return "", []
+    backend = {"qom-type": "memory-backend-file", "id": "memory", "mem-path": path, "share": share,
+               "size": spec.memory_mb << 20}
+    return ",memory-backend=memory", ["-object", json.dumps(backend)]
 
 
 def _lane(name: str, fd: int) -> list[str]:
@@ -85,12 +126,13 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
     if spec.boot is None:
         raise ValueError("a QEMU machine needs an image")
     accelerator = "tcg,thread=multi" if spec.accelerator == "tcg" else spec.accelerator
+    option, backend = _memory(spec, overlay, fds)
     lanes = [word for name in LANES for word in _lane(name, fds.lanes[name])]
     return [
         binary, "-name", f"vmjob-{spec.id}",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-sandbox", SANDBOX,
-        "-machine", MACHINE, "-accel", accelerator,
+        "-machine", MACHINE + option, *backend, "-accel", accelerator,
         "-cpu", spec.cpu_model or CPU_MODELS[spec.accelerator],
         "-smp", str(spec.cpus), "-m", f"{spec.memory_mb}M",
         "-chardev", f"socket,id=monitor,fd={fds.monitor}",
@@ -98,18 +140,16 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
         "-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console",
         "-kernel", str(spec.boot.kernel), "-initrd", str(spec.boot.initrd),
         "-append", kernel_arguments(spec),
-        *_disk("root", spec.boot.root, "raw", read_only=True),
-        *_disk("scratch", overlay, "qcow2", read_only=False),
+        *_disks(spec.boot, overlay, fds),
         "-device", "virtio-serial-pci,max_ports=8",
         *lanes,
         "-object", "rng-random,id=rng0,filename=/dev/urandom",
         "-device", "virtio-rng-pci,rng=rng0",
         *_network(spec.network),
+        *(["-incoming", "defer"] if spec.template is not None else []),
     ]
 
 
-def overlay_command(binary: str, base: Path, overlay: Path, size_gb: int) -> list[str]:
-    """Make the thin writable disk of one machine on the image's, at least as large as that."""
-    backing = _json(driver="qcow2", file={"driver": "file", "filename": str(base)})
-    return [binary, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", f"json:{backing}",
-            str(overlay), f"{size_gb}G"]
+def overlay_command(binary: str, overlay: Path, size_gb: int) -> list[str]:
+    """Make the thin writable disk of one machine; what it lies on is said when it is used."""
+    return [binary, "create", "-q", "-f", "qcow2", str(overlay), f"{size_gb}G"]

@@ -8,29 +8,47 @@ gone with the two processes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from vmjob.errors import HostDiskFull, MachineStartFailed, NotSupported, WrongState
+from vmjob.errors import (
+    HostDiskFull,
+    MachineError,
+    MachineStartFailed,
+    NotSupported,
+    TemplateUnusable,
+    WrongState,
+)
 from vmjob.guest.agent.wire import LANES
+from vmjob.host.facts import processor
 from vmjob.host.guard import guarded
-from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec, Status
-from vmjob.machine.qemu import argv, programs
+from vmjob.machine.contract import (
+    TEMPLATE_DISK_GB,
+    BootParts,
+    Capabilities,
+    Ended,
+    EndReason,
+    MachineSpec,
+    Status,
+)
+from vmjob.machine.qemu import argv, frozen, programs
 from vmjob.machine.qemu.console import Console
 from vmjob.machine.qemu.monitor import Monitor
 
 __all__ = ["QemuDriver", "QemuMachine"]
 
-#: Seconds for qemu-img to make an overlay (milliseconds, unless the disk is overloaded).
-OVERLAY_DEADLINE = 60.0
+#: Memory that is a file of its own is not written into the stream of devices.
+IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 #: Seconds from SIGKILL until a process must be gone.
 KILL_DEADLINE = 30.0
 #: Bytes of QEMU's own messages that are shown.
@@ -42,15 +60,33 @@ class QemuDriver:
 
     name = "qemu"
     capabilities = Capabilities(suspend=True, checkpoint=False,
-                                networks=frozenset({"none", "nat"}), console=True, isolated=True)
+                                networks=frozenset({"none", "nat"}), console=True, templates=True,
+                                isolated=True)
 
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
         if spec.boot is None:
             raise WrongState("a QEMU machine needs an image")
         machine = QemuMachine(spec)
-        await machine.make_overlay()
+        if spec.template is not None:
+            frozen.copy_blank(spec.template, machine.overlay)
+        else:
+            await anyio.to_thread.run_sync(frozen.make_disk, machine.overlay, spec.disk_gb)
         return machine
+
+    def identity(self, spec: MachineSpec) -> dict[str, Any]:
+        """The program, its command line without what differs from machine to machine, the CPU."""
+        binary = programs.find(programs.system_binary())
+        nowhere = Path("/")
+        shape = replace(spec, id="", directory=nowhere, template=None, freezable=False, disk_gb=0,
+                        boot=BootParts("", nowhere, nowhere, nowhere, nowhere))
+        none = argv.Descriptors(-1, -1, dict.fromkeys(LANES, -1))
+        found = {"argv": argv.command_line(binary, shape, nowhere, none),
+                 "program": programs.identity(binary),
+                 "disk_gb": min(spec.disk_gb, TEMPLATE_DISK_GB)}
+        if spec.accelerator != "tcg":  # then it is this computer's processor that the guest saw
+            found["processor"] = processor()
+        return found
 
     async def load(self, spec: MachineSpec) -> QemuMachine:
         """Take up a machine whose overlay exists."""
@@ -72,38 +108,36 @@ class QemuMachine:
         self._console: Console | None = None
         self._asked_to_end = False
         self._ended: asyncio.Task[Ended] | None = None
-        self._version: str | None = None
 
     # -- the contract --------------------------------------------------------------------------
-
-    async def make_overlay(self) -> None:
-        """Make the thin writable disk."""
-        assert self.spec.boot is not None
-        command = argv.overlay_command(programs.find("qemu-img"), self.spec.boot.scratch,
-                                       self.overlay, self.spec.disk_gb)
-        with anyio.fail_after(OVERLAY_DEADLINE):
-            done = await anyio.run_process(command, check=False, stderr=subprocess.STDOUT)
-        if done.returncode != 0:
-            text = done.stdout.decode("utf-8", "replace").strip()
-            if "No space left" in text:
-                raise HostDiskFull(f"no room for a machine's disk: {text}")
-            raise MachineStartFailed(f"cannot make the machine's disk: {text}")
 
     async def start(self) -> Mapping[str, socket.socket]:
         if self._status is not Status.CREATED:
             raise WrongState(f"the machine is {self._status}, not created")
+        with contextlib.ExitStack() as files:
+            template = None
+            if self.spec.template is not None:
+                template = files.enter_context(
+                    frozen.opened(self.spec.template, self.spec.memory_mb))
+            return await self._start(template)
+
+    async def _start(self, template: frozen.Opened | None) -> Mapping[str, socket.socket]:
         binary = programs.find(programs.system_binary())
-        self._version = await anyio.to_thread.run_sync(programs.version, binary)
         ours: dict[str, socket.socket] = {}
         theirs: dict[str, socket.socket] = {}
         for name in ("monitor", "console", *LANES):
             ours[name], theirs[name] = socket.socketpair()
         try:
             fds = argv.Descriptors(theirs["monitor"].fileno(), theirs["console"].fileno(),
-                                   {name: theirs[name].fileno() for name in LANES})
+                                   {name: theirs[name].fileno() for name in LANES},
+                                   template.memory if template else None,
+                                   template.overlay if template else None)
+            inherited = [sock.fileno() for sock in theirs.values()]
+            if template:
+                inherited += [template.memory, template.devices, template.overlay]
             command = argv.command_line(binary, self.spec, self.overlay, fds)
             self._keep("argv.json", json.dumps(command, indent=1))
-            await self._spawn(command, [sock.fileno() for sock in theirs.values()])
+            await self._spawn(command, inherited)
         except BaseException:
             for sock in ours.values():
                 sock.close()
@@ -119,17 +153,56 @@ class QemuMachine:
         lanes = {name: ours[name] for name in LANES}
         try:
             await self._monitor.connect(ours["monitor"])
+            if template:
+                await self._thaw(template)
         except Exception as error:
             for sock in lanes.values():
                 sock.close()
             await self.stop()
-            raise MachineStartFailed(f"QEMU did not start: {self._messages() or error}",
-                                     **self.facts()) from error
+            programs.version(binary)  # raises when that is what is wrong
+            kind = TemplateUnusable if template else MachineStartFailed
+            raise kind(f"QEMU did not start: {self._messages() or error}",
+                       **self.facts()) from error
         except BaseException:
             for sock in lanes.values():
                 sock.close()
             raise
         return lanes
+
+    async def _thaw(self, template: frozen.Opened) -> None:
+        """Load a template's state into the waiting QEMU; returns when the guest runs."""
+        assert self._monitor is not None
+        await self._monitor.execute("migrate-set-capabilities", capabilities=IGNORE_SHARED)
+        await self._monitor.execute("migrate-incoming", uri=f"fd:{template.devices}")
+        await self._before_its_end(self._monitor.resumed())
+        if self.spec.disk_gb > TEMPLATE_DISK_GB:
+            await self._monitor.execute("block_resize", **{
+                "node-name": argv.DISK, "size": self.spec.disk_gb << 30})
+
+    async def freeze(self) -> list[str]:
+        if not self.spec.freezable:
+            raise WrongState("the machine was not started to be frozen")
+        monitor = self._running_monitor()
+        try:
+            await monitor.execute("migrate-set-capabilities", capabilities=IGNORE_SHARED)
+            with (self.spec.directory / frozen.DEVICES).open("wb") as file:
+                await monitor.pass_descriptor("devices", file.fileno())
+                await monitor.execute("migrate", uri="fd:devices")
+                await monitor.migrated()
+        except MachineError:
+            with anyio.move_on_after(1):  # a full disk ends QEMU: then that is the better story
+                await self.ended()
+            raise
+        except OSError as error:
+            raise HostDiskFull(f"cannot freeze the machine: {error.strerror}") from error
+        self._asked_to_end = True
+        await monitor.execute("quit")  # not killed: the disk's tables are still to be written
+        with anyio.fail_after(KILL_DEADLINE):
+            await self.ended()
+        await anyio.to_thread.run_sync(frozen.dig_holes, self.spec.directory / frozen.MEMORY)
+        await anyio.to_thread.run_sync(frozen.make_disk, self.spec.directory / frozen.BLANK,
+                                       self.spec.disk_gb)
+        return frozen.FILES
 
     async def suspend(self) -> None:
         if self._status is Status.SUSPENDED:
@@ -182,10 +255,11 @@ class QemuMachine:
         return self._console.text() if self._console else ""
 
     def facts(self) -> dict[str, Any]:
-        return {"hypervisor": "qemu", "version": self._version,
+        return {"hypervisor": "qemu", "version": self._monitor and self._monitor.version(),
                 "accelerator": self.spec.accelerator,
                 "cpu_model": self.spec.cpu_model or argv.CPU_MODELS[self.spec.accelerator],
                 "machine_type": argv.MACHINE.partition(",")[0],
+                "started_from": "image" if self.spec.template is None else "template",
                 "memory_mb": self.spec.memory_mb, "cpus": self.spec.cpus,
                 "disk_gb": self.spec.disk_gb, "network": self.spec.network}
 
@@ -195,6 +269,18 @@ class QemuMachine:
     def pid(self) -> int | None:
         """Process id of QEMU, while it runs."""
         return self._process.pid if self._process else None
+
+    async def _before_its_end(self, event: Coroutine[Any, Any, None]) -> None:
+        """Wait for something that QEMU may die instead of doing."""
+        assert self._ended is not None
+        waiting = asyncio.ensure_future(event)
+        try:
+            await asyncio.wait([waiting, self._ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if not waiting.done() or waiting.cancelled():
+            raise MachineError("QEMU ended")
+        waiting.result()
 
     def _running_monitor(self) -> Monitor:
         if self._monitor is None or self._status not in (Status.RUNNING, Status.SUSPENDED):

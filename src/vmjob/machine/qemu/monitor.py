@@ -21,6 +21,8 @@ __all__ = ["Monitor"]
 DEADLINE = 30.0
 #: Commands and events kept for a failure report.
 TRANSCRIPT = 500
+#: Seconds between looks at a state that is being written.
+MIGRATION_PERIOD = 0.01
 
 
 class Monitor:
@@ -41,6 +43,7 @@ class Monitor:
         #: Whether a write to the machine's disk found this computer's disk full.
         self.out_of_space = False
         self._on_no_space = on_no_space
+        self._resumed = asyncio.Event()
 
     async def connect(self, sock: socket.socket) -> None:
         """Greet and negotiate; raises `MachineError` when QEMU does not answer."""
@@ -58,12 +61,46 @@ class Monitor:
             event: dict[str, Any] = dict(message)
             data: dict[str, Any] = event.get("data", {})
             self._note("event", event)
-            if event.get("event") == "SHUTDOWN":
+            if event.get("event") == "RESUME":
+                self._resumed.set()
+            elif event.get("event") == "SHUTDOWN":
                 self.shutdown_reason = str(data.get("reason"))
             elif event.get("event") == "BLOCK_IO_ERROR" and data.get("nospace"):
                 # QEMU has stopped the machine; on a full disk nobody would ever wake it.
                 self.out_of_space = True
                 self._on_no_space()
+
+    async def resumed(self) -> None:
+        """Wait until the guest runs after its state was loaded; raises `MachineError`."""
+        try:
+            with anyio.fail_after(DEADLINE):
+                await self._resumed.wait()
+        except TimeoutError:
+            raise MachineError("QEMU did not load the machine's state in time") from None
+
+    async def migrated(self) -> None:
+        """Wait until the machine's state is written; raises `MachineError`."""
+        with anyio.move_on_after(DEADLINE):
+            while (status := (await self.execute("query-migrate")).get("status")) != "completed":
+                if status in ("failed", "cancelled"):
+                    raise MachineError(f"QEMU could not write the machine's state: {status}")
+                await anyio.sleep(MIGRATION_PERIOD)
+            return
+        raise MachineError("QEMU did not write the machine's state in time")
+
+    def version(self) -> str | None:
+        """QEMU's version as it said in its greeting: ``7.2.22``."""
+        greeting = self._client.greeting
+        if greeting is None:
+            return None
+        told: Any = greeting.QMP.version["qemu"]
+        return ".".join(str(int(told[part])) for part in ("major", "minor", "micro"))
+
+    async def pass_descriptor(self, name: str, fd: int) -> None:
+        """Give QEMU an open file under a name."""
+        assert self._sock is not None
+        self._client.send_fd_scm(fd)
+        await self.execute("getfd", fdname=name)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command; raises `MachineError` when QEMU refuses it or is gone."""

@@ -1,0 +1,100 @@
+"""What makes one machine of many: random numbers, clock, names; and the sleep before a copy.
+
+A machine may be a copy of one that was frozen (docs/explanation/templates.md). Its memory is then
+equal to that of every other copy, so the first request that each answers gives it randomness of
+its own before any job can ask for some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import socket
+import struct
+import time
+from typing import Any
+
+from .place import Place, memory_facts, write_file
+
+#: ``_IOW('R', 0x03, int[2])`` and ``_IO('R', 0x07)`` (Linux, include/uapi/linux/random.h).
+RNDADDENTROPY = 0x40085203
+RNDRESEEDCRNG = 0x5207
+#: Bytes of the seed: what the kernel's generator can hold (256 bits), twice.
+SEED_LENGTH = 64
+#: ``SIOCSIFHWADDR`` and the hardware type of Ethernet (Linux, sockios.h and if_arp.h).
+SIOCSIFHWADDR = 0x8924
+ARPHRD_ETHER = 1
+INTERFACE = "eth0"
+
+#: Free memory that is not cleared, bytes: taking it would make the kernel drop what was warmed up.
+LEFT_FREE = 6 * 1024 * 1024
+#: Bytes cleared at once.
+CLEARED_AT_ONCE = 2 * 1024 * 1024
+
+
+def assume(given: dict[str, Any], place: Place) -> None:
+    """Take on the identity in a request; raises `ValueError` or `KeyError` for none that fits.
+
+    ``seed`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id`` and, for a machine
+    with a network, ``mac``. Where the kernel is not the machine's own (a test), it is left alone.
+    """
+    seed = bytes.fromhex(given["seed"])
+    if len(seed) != SEED_LENGTH:
+        raise ValueError("a seed of another length")
+    if not place.owns_kernel:
+        return
+    reseed(seed)  # before everything else
+    time.clock_settime(time.CLOCK_REALTIME, float(given["time"]))
+    name = given["hostname"]
+    socket.sethostname(name)
+    hosts = f"127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+    # The image has links to these in /etc: /run is memory, which is quicker than the disk.
+    for path, text in (("/run/machine-id", given["machine_id"] + "\n"),
+                       ("/run/hostname", name + "\n"), ("/run/hosts", hosts)):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(text)
+    if given.get("mac"):
+        set_mac(bytes.fromhex(given["mac"]))
+
+
+def reseed(seed: bytes) -> None:
+    """Mix a secret of the host into the kernel's random numbers, at once and for all readers."""
+    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
+        fcntl.ioctl(fd, RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def set_mac(mac: bytes) -> None:
+    """Give the network card an address of its own."""
+    request = struct.pack("16sH6s8x", INTERFACE.encode(), ARPHRD_ETHER, mac)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        fcntl.ioctl(sock, SIOCSIFHWADDR, request)
+
+
+def drop_caches(place: Place) -> None:
+    """Forget what was read from disk so far: booting needed it, a job hardly will."""
+    if place.owns_kernel:
+        os.sync()
+        write_file("/proc/sys/vm/drop_caches", "3")
+
+
+def clear_free_memory(place: Place) -> None:
+    """Fill free memory with zeros, so that the host need not keep it."""
+    if not place.owns_kernel:
+        return
+    with contextlib.suppress(OSError):
+        write_file("/proc/sys/vm/compact_memory", "1")
+    held: list[mmap.mmap] = []
+    with contextlib.suppress(OSError):
+        while memory_facts()["MemFree"] > LEFT_FREE + CLEARED_AT_ONCE:
+            # The kernel clears each page that it gives away.
+            held.append(mmap.mmap(-1, CLEARED_AT_ONCE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                                  | mmap.MAP_POPULATE))
+    for piece in held:
+        piece.close()
