@@ -48,7 +48,7 @@ async def lease(home: Home, driver: Driver, shape: MachineSpec,
     try:
         found = await anyio.to_thread.run_sync(_usable, store, key)
         if found is None:
-            await _make(home, driver, shape, key, identity)
+            await _make(home, driver, shape, identity)
             found = await anyio.to_thread.run_sync(store.lease, key)
     finally:
         holder.__exit__(None, None, None)
@@ -66,7 +66,7 @@ def _usable(store: TemplateStore, key: str) -> Lease | None:
         return None
 
 
-async def _make(home: Home, driver: Driver, shape: MachineSpec, key: str,
+async def _make(home: Home, driver: Driver, shape: MachineSpec,
                 identity: dict[str, Any]) -> None:
     if not room_for(home, shape):
         raise HostDiskFull(f"there is no room for a template in {home.templates}")
@@ -76,7 +76,7 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec, key: str,
                        disk_gb=min(shape.disk_gb, TEMPLATE_DISK_GB))
         machine = await driver.create(spec)
         try:
-            client, _ = await boot(driver, machine)
+            client, hello = await boot(driver, machine)
             try:
                 await _warm(client, directory)
                 await client.sleep()
@@ -86,7 +86,8 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec, key: str,
                 client.close()
             try:
                 await anyio.to_thread.run_sync(
-                    TemplateStore(home).publish, directory, files, key, identity, began)
+                    TemplateStore(home).publish, directory, files, identity, hello,
+                    time.monotonic() - began)
             except OSError as error:
                 raise HostDiskFull(f"cannot keep a template: {error.strerror}") from error
         finally:

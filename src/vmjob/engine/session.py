@@ -16,7 +16,7 @@ import anyio
 from vmjob.engine.freezing import lease
 from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.starting import boot, explain, thaw
-from vmjob.engine.templates import Lease, TemplateStore
+from vmjob.engine.templates import Lease, Template, TemplateStore
 from vmjob.errors import (
     AgentLost,
     AgentProtocol,
@@ -97,8 +97,7 @@ async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: 
 async def _copy(stack: contextlib.AsyncExitStack, home: Home, driver: Driver, shape: MachineSpec,
                 template: Lease, on_phase: Callable[[str], None], keep: Path | None) -> Session:
     """A copy of a template; if it fails, or the files changed meanwhile, nobody else gets it."""
-    spec = replace(shape, template=template.template.directory)
-    machine = _machine(home, driver, spec, on_phase, keep)
+    machine = _machine(home, driver, shape, on_phase, keep, template.template)
     try:
         session = await machine.__aenter__()
         try:
@@ -115,19 +114,23 @@ async def _copy(stack: contextlib.AsyncExitStack, home: Home, driver: Driver, sh
 
 @contextlib.asynccontextmanager
 async def _machine(home: Home, driver: Driver, shape: MachineSpec,
-                   on_phase: Callable[[str], None], keep: Path | None) -> AsyncIterator[Session]:
+                   on_phase: Callable[[str], None], keep: Path | None,
+                   template: Template | None = None) -> AsyncIterator[Session]:
+    """A machine that boots, or is a copy of a template."""
     with claim(home) as (name, directory):
-        spec = replace(shape, id=name, directory=directory)
+        spec = replace(shape, id=name, directory=directory,
+                       template=template.directory if template else None)
         on_phase("machine")
         machine = await driver.create(spec)
         try:
             started = time.monotonic()
-            on_phase("boot" if spec.template is None else "thaw")
+            on_phase("thaw" if template else "boot")
             try:
-                if spec.template is None:
-                    client, hello = await boot(driver, machine)
+                if template:
+                    client = await thaw(machine, grown=spec.disk_gb > TEMPLATE_DISK_GB)
+                    hello = template.manifest.hello
                 else:
-                    client, hello = await thaw(machine, spec.disk_gb > TEMPLATE_DISK_GB)
+                    client, hello = await boot(driver, machine)
                 try:
                     session = Session(machine, client, hello, started)
                     yield session

@@ -36,8 +36,8 @@ async def boot(driver: Driver, machine: Machine) -> tuple[AgentClient, Hello]:
     """
     client = AgentClient(await machine.start())
     try:
-        await _answer(machine, client)
-        hello = await client.introduce(_identity(machine))
+        hello = await _answer(machine, client)
+        await client.introduce(_identity(machine))
         if machine.spec.disk_gb > 1 and driver.capabilities.isolated:
             await client.grow_disk(machine.spec.disk_gb * GIB)
     except BaseException:
@@ -46,7 +46,7 @@ async def boot(driver: Driver, machine: Machine) -> tuple[AgentClient, Hello]:
     return client, hello
 
 
-async def thaw(machine: Machine, grown: bool) -> tuple[AgentClient, Hello]:
+async def thaw(machine: Machine, *, grown: bool) -> AgentClient:
     """Start a machine that is a copy of a frozen one; the caller closes the client.
 
     ``grown``: its disk is larger than the template's. Nothing was ever cut off on its lanes, so
@@ -55,7 +55,7 @@ async def thaw(machine: Machine, grown: bool) -> tuple[AgentClient, Hello]:
     client = AgentClient(await machine.start(), clean=True)
     try:
         try:
-            hello = await client.introduce(_identity(machine), THAW_DEADLINE)
+            await client.introduce(_identity(machine), THAW_DEADLINE)
         except (AgentLost, AgentProtocol) as error:
             raise await explain(machine, error) from error
         if grown:
@@ -63,7 +63,7 @@ async def thaw(machine: Machine, grown: bool) -> tuple[AgentClient, Hello]:
     except BaseException:
         client.close()
         raise
-    return client, hello
+    return client
 
 
 def _identity(machine: Machine) -> Identity:
@@ -71,9 +71,9 @@ def _identity(machine: Machine) -> Identity:
     return Identity.fresh(f"vmjob-{spec.id}", network=spec.network != "none")
 
 
-async def _answer(machine: Machine, client: AgentClient) -> None:
+async def _answer(machine: Machine, client: AgentClient) -> Hello:
     try:
-        await client.hello(BOOT_DEADLINE)
+        return await client.hello(BOOT_DEADLINE)
     except AgentSilent:
         raise BootTimeout(f"the machine did not come up within {BOOT_DEADLINE:g} seconds",
                           console=machine.console()[-2000:]) from None

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import msgspec
 
 from vmjob.errors import TemplateUnusable, UsageError
+from vmjob.guest.client import Hello
 from vmjob.home import Home, remove_tree
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.machine.contract import Driver, MachineSpec
@@ -53,7 +53,9 @@ class File(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a template is: ``identity`` is all that its key is made of."""
+    """What a template is: ``identity`` is all that its key is made of, ``hello`` what its agent
+    said of itself, ``seconds`` how long it took to make.
+    """
 
     format: int
     driver: str
@@ -61,6 +63,7 @@ class Manifest(msgspec.Struct, frozen=True):
     identity: dict[str, Any]
     created: float
     seconds: float
+    hello: Hello
     files: dict[str, File]
 
 
@@ -79,8 +82,12 @@ def key_of(driver: Driver, shape: MachineSpec) -> tuple[str, dict[str, Any]]:
     """The key of the template for machines of this shape, and what it is made of."""
     identity = {"format": FORMAT, "driver": driver.name,
                 "image": shape.boot.digest if shape.boot else None, **driver.identity(shape)}
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24], identity
+    return hash_of(identity), identity
+
+
+def hash_of(identity: dict[str, Any]) -> str:
+    """The key that stands for an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def digest(path: Path) -> str:
@@ -170,8 +177,8 @@ class TemplateStore:
         os.utime(directory / LOCK)
         return Lease(template, fd, seal)
 
-    def publish(self, made: Path, files: list[str], key: str, identity: dict[str, Any],
-                began: float) -> None:
+    def publish(self, made: Path, files: list[str], identity: dict[str, Any], hello: Hello,
+                seconds: float) -> None:
         """Make a template of the driver's ``files`` in the directory ``made``, all or nothing.
 
         The caller holds the lock of the key's making. Raises `OSError`.
@@ -180,9 +187,11 @@ class TemplateStore:
         beside.mkdir(mode=0o700)
         for name in files:
             (made / name).rename(beside / name)
+        checked = {name: File((beside / name).stat().st_size, digest(beside / name))
+                   for name in files}
         manifest = Manifest(FORMAT, identity["driver"], identity["image"] or "", identity,
-                            time.time(), time.monotonic() - began, {
-            name: File((beside / name).stat().st_size, digest(beside / name)) for name in files})
+                            time.time(), seconds, hello, checked)
+        key = hash_of(identity)
         (beside / MANIFEST).write_bytes(msgspec.json.encode(manifest))
         (beside / LOCK).touch(mode=0o600)
         for path in (*beside.iterdir(), beside):
@@ -289,12 +298,3 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def closing(lease: Lease) -> Iterator[Lease]:
-    """Close a lease at the end of the block."""
-    try:
-        yield lease
-    finally:
-        lease.close()

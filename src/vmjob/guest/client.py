@@ -27,7 +27,7 @@ from vmjob.errors import (
     GuestRefused,
 )
 from vmjob.guest.agent import wire
-from vmjob.guest.lane import DEADLINE, Answer, Lane, parse_object
+from vmjob.guest.lane import DEADLINE, Lane, parse_object
 from vmjob.guest.transfer import Progress, Transfer
 
 __all__ = ["AgentClient", "Entry", "Hello", "Identity", "Limits", "Sink", "TaskEnd"]
@@ -169,20 +169,6 @@ class AgentClient:
         Raises `AgentVersion` when host and image are too far apart.
         """
         answer = await self._control.request("GET", "/v1/hello", deadline=deadline)
-        return self._agreed(answer)
-
-    async def introduce(self, identity: Identity, deadline: float = DEADLINE) -> Hello:
-        """Tell the machine who it is and what time it is: before anything else is asked of it.
-
-        For one that answers already; the time is that of the call. Raises as `hello` does.
-        """
-        said = {"seed": identity.seed.hex(), "hostname": identity.hostname, "time": time.time(),
-                "machine_id": identity.machine_id,
-                "mac": identity.mac.hex() if identity.mac else None}
-        answer = await self._control.request("POST", "/v1/identity", said, deadline=deadline)
-        return self._agreed(answer)
-
-    def _agreed(self, answer: Answer) -> Hello:
         hello = _convert(answer.json(), Hello)
         if hello.protocol < wire.OLDEST_PROTOCOL or hello.oldest > wire.PROTOCOL_VERSION:
             raise AgentVersion(f"the image's agent speaks protocol {hello.oldest} to "
@@ -190,6 +176,17 @@ class AgentClient:
                                f"{wire.PROTOCOL_VERSION}")
         self._generation = hello.generation
         return hello
+
+    async def introduce(self, identity: Identity, deadline: float = DEADLINE) -> None:
+        """Tell the machine who it is and what time it is: before anything else is asked of it.
+
+        For one that answers already; the time is that of the call.
+        """
+        said = {"seed": identity.seed.hex(), "hostname": identity.hostname, "time": time.time(),
+                "machine_id": identity.machine_id,
+                "mac": identity.mac.hex() if identity.mac else None}
+        await self._control.request("POST", "/v1/identity", said, deadline=deadline)
+        self._generation = identity.machine_id
 
     async def ping(self, deadline: float = DEADLINE) -> dict[str, Any]:
         """Whether the agent is well; its clock, load and free memory.

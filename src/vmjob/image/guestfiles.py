@@ -55,8 +55,9 @@ def overlay_tar(agent: dict[str, bytes], pid1: bytes, mtime: int) -> bytes:
                 tar.addfile(info, io.BytesIO(data))
 
         # Different in each machine: the agent writes them when the host says who this one is.
-        for name in ("hostname", "hosts", "machine-id"):
+        for name in ("hosts", "machine-id"):
             add(f"etc/{name}", 0o777, None, link=f"/run/{name}")
+        add("etc/hostname", 0o777, None, link="/proc/sys/kernel/hostname")
         add("job", 0o755, None)
         add(GUEST_DIRECTORY, 0o755, None)
         add(f"{GUEST_DIRECTORY}/init", 0o755, pid1)

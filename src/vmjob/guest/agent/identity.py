@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import socket
@@ -49,25 +50,30 @@ def assume(given: dict[str, Any], place: Place) -> None:
     time.clock_settime(time.CLOCK_REALTIME, float(given["time"]))
     name = given["hostname"]
     socket.sethostname(name)
-    hosts = f"127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-    # The image has links to these in /etc: /run is memory, which is quicker than the disk.
-    for path, text in (("/run/machine-id", given["machine_id"] + "\n"),
-                       ("/run/hostname", name + "\n"), ("/run/hosts", hosts)):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(text)
+    _rewrite("/run/machine-id", f"{given['machine_id']}\n")
+    _rewrite("/run/hosts", f"127.0.0.1\tlocalhost {name}\n"
+                           "::1\tlocalhost ip6-localhost ip6-loopback\n")
     if given.get("mac"):
         set_mac(bytes.fromhex(given["mac"]))
 
 
 def reseed(seed: bytes) -> None:
     """Mix a secret of the host into the kernel's random numbers, at once and for all readers."""
-    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
-        fcntl.ioctl(fd, RNDRESEEDCRNG)
-    finally:
-        os.close(fd)
+    fd = _kept("/dev/urandom")
+    fcntl.ioctl(fd, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
+    fcntl.ioctl(fd, RNDRESEEDCRNG)
+
+
+@functools.cache
+def _kept(path: str) -> int:
+    """A file that stays open from before a machine is frozen: each copy saves opening it."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _rewrite(path: str, text: str) -> None:
+    """Replace the text of a short file to which the image has a link in /etc."""
+    fd = _kept(path)
+    os.ftruncate(fd, os.pwrite(fd, text.encode(), 0))
 
 
 def set_mac(mac: bytes) -> None:

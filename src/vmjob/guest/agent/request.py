@@ -10,6 +10,8 @@ from urllib.parse import parse_qs
 
 from . import wire
 
+_decoder = json.JSONDecoder()
+
 
 class Refused(Exception):
     """A request that gets an error for an answer: HTTP status, stable reason, text."""
@@ -55,9 +57,14 @@ class Request:
     def json(self) -> dict[str, Any]:
         """The body as an object; raises `Refused`."""
         try:
-            content = json.loads(self.body)
-        except (ValueError, RecursionError):
+            text = self.body.decode()
+            # Not `json.loads`: it matches white space by regular expressions, code that a copy of
+            # a frozen machine would run, and have translated, for this alone: 10 ms.
+            content, end = _decoder.scan_once(text, 0)
+        except (ValueError, RecursionError, StopIteration):
             raise Refused(400, "malformed", "the body is not JSON") from None
+        if text[end:].strip():
+            raise Refused(400, "malformed", "there is more than one thing in the body")
         if not isinstance(content, dict):
             raise Refused(400, "malformed", "the body is not an object")
         return content

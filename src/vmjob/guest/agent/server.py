@@ -47,6 +47,7 @@ class Agent:
         self.table = TaskTable(place, self.loop, self._tell)
         self.messages = Messages(place)
         self.generation = os.urandom(16).hex()
+        self._facts = self._find_facts()
         #: From `_sleep` to `_introduce`: no copy must be used before it has its own identity.
         self._asleep = False
         self._lanes: list[Lane] = []
@@ -96,9 +97,12 @@ class Agent:
         }
 
     def _hello(self, request: Request) -> dict[str, Any]:
+        return {**self._facts, "generation": self.generation}
+
+    def _find_facts(self) -> dict[str, Any]:
+        """What never changes, found once: a copy of a frozen machine need not look."""
         return {"protocol": wire.PROTOCOL_VERSION, "oldest": wire.OLDEST_PROTOCOL,
-                "generation": self.generation, "kernel": os.uname().release,
-                "cpus": os.cpu_count() or 1, "memory_bytes": memory_facts().get("MemTotal", 0),
+                "kernel": os.uname().release, "cpus": os.cpu_count() or 1, "memory_bytes": memory_facts().get("MemTotal", 0),
                 "workdir": self.place.workdir}
 
     def _ping(self, request: Request) -> dict[str, Any]:
@@ -109,10 +113,11 @@ class Agent:
 
     def _introduce(self, request: Request) -> dict[str, Any]:
         """The host says who this machine is."""
-        identity.assume(request.json(), self.place)
+        asked = request.json()
+        identity.assume(asked, self.place)
         self._asleep = False
-        self.generation = os.urandom(16).hex()
-        return self._hello(request)
+        self.generation = str(asked["machine_id"])
+        return {}
 
     def _settle(self, request: Request) -> dict[str, Any]:
         identity.drop_caches(self.place)

@@ -68,9 +68,14 @@ def _spawn(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int
            account: Account | None) -> int:
     """By posix_spawn, which is a vfork: the agent itself is the user, and in ``cwd``, meanwhile."""
     actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
+    # The C library looks for it in our PATH, which is nearly always the task's as well.
+    search = os.posix_spawnp
+    program = argv[0]
+    if env.get("PATH") != os.environ.get("PATH"):
+        search, program = os.posix_spawn, _found(program, env)
     with _acting_as(account), contextlib.chdir(cwd):
-        return os.posix_spawn(_found(argv[0], env), argv, env, file_actions=actions, setsid=True,
-                              setsigdef=DEFAULT_SIGNALS)
+        return search(program, argv, env, file_actions=actions, setsid=True,
+                      setsigdef=DEFAULT_SIGNALS)
 
 
 def _fork(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],

@@ -195,7 +195,7 @@ class TaskTable:
     # -- inside ------------------------------------------------------------------------------
 
     def _environment(self, account: Account | None) -> dict[str, str]:
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+        env = {"PATH": os.environ.get("PATH", os.defpath),
                "LANG": "C.UTF-8", "HOME": self.place.workdir,
                "VMJOB_TO_HOST": self.place.to_host, "VMJOB_FROM_HOST": self.place.from_host}
         if account:

@@ -115,6 +115,14 @@ def _lane(name: str, fd: int) -> list[str]:
             "-device", f"virtserialport,chardev=lane-{name},name={PORT_PREFIX}{name}"]
 
 
+def _kernel(boot: BootParts, spec: MachineSpec) -> list[str]:
+    """What a copy of a frozen machine has in its memory already; loading it again takes 5 ms."""
+    if spec.template is not None:
+        return []
+    return ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd),
+            "-append", kernel_arguments(spec)]
+
+
 def _network(kind: str) -> list[str]:
     if kind == "none":
         return ["-nic", "none"]
@@ -138,8 +146,7 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
         "-chardev", f"socket,id=monitor,fd={fds.monitor}",
         "-mon", "chardev=monitor,mode=control",
         "-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console",
-        "-kernel", str(spec.boot.kernel), "-initrd", str(spec.boot.initrd),
-        "-append", kernel_arguments(spec),
+        *_kernel(spec.boot, spec),
         *_disks(spec.boot, overlay, fds),
         "-device", "virtio-serial-pci,max_ports=8",
         *lanes,
