@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import anyio.from_thread
 
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.errors import TimeLimit, WrongState
@@ -28,12 +27,12 @@ from vmjob.guest.agent.wire import MAX_MESSAGES
 from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, TaskEnd
 from vmjob.home import Home
 from vmjob.job.model import Job, Network, Task, check_guest_path
-from vmjob.machine.contract import BootParts, Driver, MachineSpec, Status
+from vmjob.machine.contract import Driver, MachineSpec, Status
+
+__all__ = ["AsyncMachine", "Machine", "Result"]
 
 if TYPE_CHECKING:
-    from vmjob.image.store import Image
-
-__all__ = ["AsyncMachine", "Machine", "Result", "machine_shape"]
+    from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
 
@@ -72,37 +71,6 @@ class Result:
         return self.stderr.decode("utf-8", "replace")
 
 
-async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, cpus: int,
-                        disk_gb: int, network: str,
-                        progress: Callable[[float, str], None] | None = None,
-                        ) -> tuple[MachineSpec, Image, str]:
-    """What a QEMU machine from ``image`` needs; the default image is built when it is missing.
-
-    Returns the shape (id and directory still open), the image and why this accelerator was
-    chosen. Raises `ImageMissing`, `ImageCorrupt`, `ImageBuildFailed`, `AcceleratorUnusable`.
-    """
-    from vmjob.image.recipe import DEFAULT_NAME, Recipe
-    from vmjob.image.store import ImageStore
-    from vmjob.machine.qemu import accelerators
-
-    def find() -> Image:
-        store = ImageStore(home)
-        if image == DEFAULT_NAME:
-            store.ensure(Recipe(), progress or _unheard)
-        return store.verified(image)
-
-    found = await anyio.to_thread.run_sync(find)
-    boot = BootParts.of(found)
-    proof = await accelerators.choose(home, accel, boot)
-    shape = MachineSpec(id="", directory=home.root, boot=boot, memory_mb=memory_mb, cpus=cpus,
-                        disk_gb=disk_gb, network=network, accelerator=proof.accelerator)
-    return shape, found, proof.why
-
-
-def _unheard(fraction: float, text: str) -> None:
-    """Progress that nobody asked for."""
-
-
 class AsyncMachine:
     """A throw-away virtual machine whose agent answers. Make one with `create`."""
 
@@ -115,12 +83,15 @@ class AsyncMachine:
     @contextlib.asynccontextmanager
     async def create(cls, *, image: str = "default", memory_mb: int = 512, cpus: int = 1,
                      disk_gb: int = 10, network: str = "none", accel: str = "auto",
-                     home: PathLike | None = None,
+                     cpu: str = "host", cold: bool = False, home: PathLike | None = None,
                      driver: Driver | None = None) -> AsyncIterator[AsyncMachine]:
         """A fresh machine; it is gone, with all that it wrote, when the block ends.
 
         ``memory_mb`` in MiB, ``disk_gb`` in GiB (the most that it may write), ``network`` is
         ``none`` or ``nat``, ``accel`` is ``auto``, ``kvm``, ``hvf``, ``whpx`` or ``tcg``.
+        ``cpu`` is ``host`` (the fastest), ``baseline`` (the same answers on every computer) or a
+        model of the hypervisor. The first machine of a shape is frozen when it is ready, which
+        takes some seconds; others start as its copies. With ``cold`` this one boots instead.
         ``home`` defaults to ``VMJOB_HOME``. The default image is built when it is missing, which
         takes a minute. Raises any `VmjobError` but a `JobError`.
         """
@@ -129,14 +100,15 @@ class AsyncMachine:
         place = Home(home)
         if driver is None:
             from vmjob.machine.qemu.driver import QemuDriver
+            from vmjob.shape import machine_shape
 
             shape, _, _ = await machine_shape(place, image, accel, memory_mb=memory_mb, cpus=cpus,
-                                              disk_gb=disk_gb, network=network)
+                                              disk_gb=disk_gb, network=network, cpu=cpu)
             driver = QemuDriver()
         else:
             shape = MachineSpec(id="", directory=place.root, boot=None, memory_mb=memory_mb,
                                 cpus=cpus, disk_gb=disk_gb, network=network)
-        async with open_session(place, driver, shape) as session:
+        async with open_session(place, driver, shape, cold=cold) as session:
             machine = cls(session)
             try:
                 yield machine
@@ -323,7 +295,7 @@ class Machine:
     The machine is served by a thread of its own; methods may be called from any thread.
     """
 
-    def __init__(self, portal: anyio.from_thread.BlockingPortal, machine: AsyncMachine) -> None:
+    def __init__(self, portal: BlockingPortal, machine: AsyncMachine) -> None:
         self._portal = portal
         self._machine = machine
         self._open = True
@@ -334,7 +306,9 @@ class Machine:
                disk_gb: int = 10, network: str = "none", accel: str = "auto",
                home: PathLike | None = None, driver: Driver | None = None) -> Iterator[Machine]:
         """See `AsyncMachine.create`."""
-        with anyio.from_thread.start_blocking_portal("asyncio") as portal:
+        from anyio.from_thread import start_blocking_portal
+
+        with start_blocking_portal("asyncio") as portal:
             making = AsyncMachine.create(image=image, memory_mb=memory_mb, cpus=cpus,
                                          disk_gb=disk_gb, network=network, accel=accel, home=home,
                                          driver=driver)

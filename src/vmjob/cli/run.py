@@ -54,6 +54,8 @@ MIB = 1 << 20
 @click.option("--accel", type=click.Choice(["auto", "kvm", "hvf", "whpx", "tcg"]),
               default="auto", show_default=True,
               help="auto: the fastest that a guest boot has proved to work.")
+@click.option("--cpu", default="host", show_default=True, metavar="host|baseline|MODEL",
+              help="host: the fastest. baseline: the same answers on every computer.")
 @click.option("--user", metavar="NAME", help="User in the machine; default: job. root is possible.")
 @click.option("--stdin", "stdin", default="auto", metavar="auto|none|FILE",
               help="auto: this command's input unless it is a terminal.")
@@ -63,7 +65,8 @@ MIB = 1 << 20
               metavar="MB", help="Largest size of stdout, and of stderr, MiB.")
 @click.option("--on-flood", type=click.Choice([o.value for o in OnFlood]), default="discard",
               show_default=True, help="What happens to a job that writes more than that.")
-@click.option("--cold", is_flag=True, help="Boot a new machine; at present every start is cold.")
+@click.option("--cold", is_flag=True,
+              help="Boot the machine instead of starting it as a copy of a frozen one.")
 @click.option("--keep-on-failure", is_flag=True,
               help="Keep the machine's logs below ./vmjob-failed/ when the job fails.")
 @click.option("--json", "as_json", is_flag=True,
@@ -73,7 +76,7 @@ MIB = 1 << 20
                 metavar="-- CMD [ARG]...")
 def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
         environment: tuple[str, ...], cpus: int, memory: int, disk: int,
-        time_limit: float | None, network: str, accel: str, user: str | None, stdin: str,
+        time_limit: float | None, network: str, accel: str, cpu: str, user: str | None, stdin: str,
         output_limit: int | None, stream_limit: int, on_flood: str, cold: bool,
         keep_on_failure: bool, as_json: bool, quiet: bool, command: tuple[str, ...]) -> NoReturn:
     """Run a command in a throw-away virtual machine.
@@ -93,7 +96,6 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
       vmjob run --image science --memory 2048 --time-limit 3600 -- primecount 1e15
       echo 'scale=50; 4*a(1)' | vmjob run --image science -- bc -lq
     """
-    del cold  # every start is
     job = Job(
         tasks=(Task(tuple(command), env=_environment(environment), user=user),),
         image=image, inputs=tuple(map(parse_input, inputs)),
@@ -102,7 +104,8 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
         output_limit=None if output_limit is None else output_limit * MIB,
         stream_limit=stream_limit * MIB, on_flood=OnFlood(on_flood))
     job.check()
-    code = asyncio.run(_run(job, accel, stdin, keep_on_failure, as_json, quiet))
+    code = asyncio.run(_run(job, accel=accel, cpu=cpu, cold=cold, stdin=stdin, keep=keep_on_failure,
+                            as_json=as_json, quiet=quiet))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -120,14 +123,15 @@ def _environment(given: tuple[str, ...]) -> dict[str, str]:
     return environment
 
 
-async def _run(job: Job, accel: str, stdin: str, keep: bool, as_json: bool, quiet: bool) -> int:
+async def _run(job: Job, *, accel: str, cpu: str, cold: bool, stdin: str, keep: bool,
+               as_json: bool, quiet: bool) -> int:
     """Run the job; SIGINT and SIGTERM end it, and its machine, at once."""
-    from vmjob.api import machine_shape
     from vmjob.engine.record import Record
     from vmjob.engine.run import Request, run_job
     from vmjob.grid.terminal import OutputClosed, Terminal
     from vmjob.home import Home
     from vmjob.machine.qemu.driver import QemuDriver
+    from vmjob.shape import machine_shape
 
     task = asyncio.current_task()
     assert task is not None
@@ -147,10 +151,10 @@ async def _run(job: Job, accel: str, stdin: str, keep: bool, as_json: bool, quie
             terminal.phase("image")
             shape, image, why = await machine_shape(
                 home, job.image, accel, memory_mb=job.memory_mb, cpus=job.cpus,
-                disk_gb=job.disk_gb, network=job.network, progress=terminal.building)
+                disk_gb=job.disk_gb, network=job.network, cpu=cpu, progress=terminal.building)
             facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
                      "kernel": image.manifest.kernel_version}
-            request = Request(job, QemuDriver(), shape, facts, hashes=as_json,
+            request = Request(job, QemuDriver(), shape, facts, hashes=as_json, cold=cold,
                               keep=Path("vmjob-failed").absolute() if keep else None)
             record = await run_job(home, request, terminal)
             record.machine["accelerator_why"] = why

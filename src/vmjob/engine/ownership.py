@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ class Leftover:
 def claim(home: Home) -> Iterator[tuple[str, Path]]:
     """A new machine's id and directory, ours until the block ends; then it is removed."""
     machines = home.machines
-    name = secrets.token_hex(6)
+    name = os.urandom(6).hex()
     directory = machines / name
     fd = -1
     try:

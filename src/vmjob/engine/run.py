@@ -33,14 +33,16 @@ GIB = 1 << 30
 class Request:
     """A job with what it runs on: a driver, the shape of its machine, and whom to tell.
 
-    ``hashes``: whether the record gets the outputs' SHA-256 (they are read once more for it).
-    ``keep``: where a failed job's machine logs go, if anywhere.
+    ``cold``: boot the machine, whatever templates there are. ``hashes``: whether the record gets
+    the outputs' SHA-256 (they are read once more for it). ``keep``: where a failed job's machine
+    logs go, if anywhere.
     """
 
     job: Job
     driver: Driver
     shape: MachineSpec
     image_facts: dict[str, Any]
+    cold: bool = False
     hashes: bool = False
     keep: Path | None = None
 
@@ -107,9 +109,11 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     phases = _Phases(record, grid)
     try:
         request.job.check()
-        async with open_session(home, request.driver, request.shape, on_phase=phases.begin,
-                                keep=request.keep) as session:
+        async with open_session(home, request.driver, request.shape, cold=request.cold,
+                                on_phase=phases.begin, keep=request.keep) as session:
             record.machine = describe(session)
+            if session.cold_because:
+                grid.warning(f"the machine was booted, not copied: {session.cold_because}")
             async with session.explaining():
                 phases.begin("inputs")
                 await _put_inputs(session, request.job, grid)

@@ -179,4 +179,6 @@ def keep_report(directory: Path, target: Path) -> Path:
 def describe(session: Session) -> dict[str, Any]:
     """Facts of a session for a job's record."""
     return {**session.machine.facts(), "guest_kernel": session.hello.kernel,
+            "guest_processor": session.hello.processor,
+            "guest_processor_flags": session.hello.processor_flags,
             "agent_protocol": session.hello.protocol}

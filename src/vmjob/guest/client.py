@@ -37,8 +37,9 @@ POLL = 50.0
 #: Undelivered output of one task that the host holds, bytes; the agent keeps the rest.
 HELD_OUTPUT = 1024 * 1024
 #: Seconds that `AgentClient.start` may wait for a short command's end, which spares a second
-#: question (2 to 3 ms under TCG); longer ones, and whoever else asks, lose no more than this.
-SHORT_COMMAND = 0.02
+#: question: 2 to 3 ms under TCG, 20 for the first in a copy of a frozen machine. Whoever else asks
+#: loses no more than this; once there is output, the agent waits 0.02 s more at most.
+SHORT_COMMAND = 0.1
 
 T = TypeVar("T")
 Stream = Literal["stdout", "stderr"]
@@ -53,6 +54,8 @@ class Hello(msgspec.Struct, frozen=True):
     oldest: int
     generation: str
     kernel: str
+    processor: str
+    processor_flags: list[str]
     cpus: int
     memory_bytes: int
     workdir: str

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import shutil
 import socket
 import stat
@@ -214,7 +213,7 @@ def _output_error(source: str, error: TreeError) -> VmjobError:
 def _staging(destination: Path) -> Iterator[tuple[int, str]]:
     """A fresh name beside ``destination``; whatever is left under it is removed."""
     directory = destination.parent
-    name = STAGED_PREFIX + secrets.token_hex(8)
+    name = STAGED_PREFIX + os.urandom(8).hex()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vmjob.errors import UsageError
-from vmjob.image import guestfiles
 
 __all__ = ["BUILDER_VERSION", "DEFAULT_NAME", "Recipe", "check_image_name"]
 
@@ -60,6 +59,8 @@ class Recipe:
 
     def digest(self) -> str:
         """SHA-256 over everything that decides the image's content, except what Debian serves."""
+        from vmjob.image import guestfiles
+
         return digest_of(self, guestfiles.digest_input())
 
 

@@ -7,15 +7,18 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmjob.errors import ImageBuildFailed, ImageCorrupt, ImageMissing, ImageOutdated
 from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
 from vmjob.home import Home, locked, remove_tree
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.image import manifest
-from vmjob.image.build import Progress, build
 from vmjob.image.manifest import Manifest
 from vmjob.image.recipe import Recipe, check_image_name
+
+if TYPE_CHECKING:
+    from vmjob.image.build import Progress
 
 __all__ = ["Image", "ImageStore"]
 
@@ -167,6 +170,8 @@ class ImageStore:
 
     def _build(self, recipe: Recipe, progress: Progress) -> Image:
         """Build beside, make durable, rename into place. The name's lock is held."""
+        from vmjob.image.build import build  # not for those who only run jobs
+
         beside = self._home.images / f"{_BUILDING}{recipe.name}"
         target = self._home.images / recipe.name
         aside = target.with_name(f"{_REPLACED}{recipe.name}")

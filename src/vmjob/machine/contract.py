@@ -105,7 +105,9 @@ class MachineSpec:
     ``directory`` exists, is empty and belongs to this machine alone; everything the
     driver writes is below it. ``memory_mb`` in MiB, ``disk_gb`` in GiB (the most that the
     machine's disk writes may take). ``network`` is ``none`` or ``nat``. ``accelerator`` is one
-    that was proved to work; ``cpu_model`` None is the driver's own choice for it.
+    that was proved to work; ``cpu_model`` is ``host`` (whatever is fastest with
+    that accelerator), ``baseline`` (one fixed model, so that programs give the same answers
+    everywhere) or a model that the hypervisor knows.
 
     ``template``: the directory of a frozen machine of which this one is a copy. ``freezable``: it
     is to become such a template itself (see `Machine.freeze`).
@@ -119,7 +121,7 @@ class MachineSpec:
     disk_gb: int = 10
     network: str = "none"
     accelerator: str = "tcg"
-    cpu_model: str | None = None
+    cpu_model: str = "host"
     template: Path | None = None
     freezable: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -38,6 +38,11 @@ class Loop:
         """Call ``callback()`` once, in ``seconds``; replaces an earlier call of the same key."""
         self._moments[key] = (time.monotonic() + seconds, callback)
 
+    def sooner(self, key: object, seconds: float) -> None:
+        """Make a call of `later` come in ``seconds``, if it would come later than that."""
+        moment, callback = self._moments[key]
+        self._moments[key] = (min(moment, time.monotonic() + seconds), callback)
+
     def forget(self, key: object) -> None:
         """Cancel `later`."""
         self._moments.pop(key, None)

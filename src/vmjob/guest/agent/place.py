@@ -10,6 +10,7 @@ import errno
 import os
 import pwd
 import resource
+from typing import Any
 
 #: (name, uid, gid, home, all groups) of a user.
 Account = tuple[str, int, int, str, list[int]]
@@ -138,3 +139,16 @@ def memory_facts() -> dict[str, int]:
         if parts:
             facts[name] = int(parts[0]) * (1024 if len(parts) > 1 else 1)
     return facts
+
+
+def processor_facts() -> dict[str, Any]:
+    """What the kernel says of the (first) processor: its name and what it announces."""
+    found: dict[str, Any] = {"processor": "", "processor_flags": []}
+    for line in read_file("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            found["processor"] = value.strip()
+        elif name.strip() == "flags":
+            found["processor_flags"] = value.split()
+            break
+    return found

@@ -60,8 +60,8 @@ class Request:
             text = self.body.decode()
             # Not `json.loads`: it matches white space by regular expressions, code that a copy of
             # a frozen machine would run, and have translated, for this alone: 10 ms.
-            content, end = _decoder.scan_once(text, 0)
-        except (ValueError, RecursionError, StopIteration):
+            content, end = _decoder.raw_decode(text)
+        except (ValueError, RecursionError):
             raise Refused(400, "malformed", "the body is not JSON") from None
         if text[end:].strip():
             raise Refused(400, "malformed", "there is more than one thing in the body")

@@ -14,7 +14,7 @@ from . import files, identity, wire
 from .lane import Lane
 from .loop import READ, Loop
 from .messages import Messages
-from .place import Place, memory_facts, read_file
+from .place import Place, memory_facts, processor_facts, read_file
 from .request import Refused, Request, refuse, reply
 from .spawn import CannotStart
 from .tasks import Task, TaskTable
@@ -33,6 +33,8 @@ RESIZE_PERIOD = 0.001
 DISK = "/dev/vdb"
 #: Longest that the answer to a start waits for the command's end, seconds: it keeps others waiting.
 MAX_START_WAIT = 0.1
+#: The same once it has written something, which the host may want to see: seconds.
+OUTPUT_PATIENCE = 0.02
 
 T = TypeVar("T")
 
@@ -102,8 +104,8 @@ class Agent:
     def _find_facts(self) -> dict[str, Any]:
         """What never changes, found once: a copy of a frozen machine need not look."""
         return {"protocol": wire.PROTOCOL_VERSION, "oldest": wire.OLDEST_PROTOCOL,
-                "kernel": os.uname().release, "cpus": os.cpu_count() or 1, "memory_bytes": memory_facts().get("MemTotal", 0),
-                "workdir": self.place.workdir}
+                "kernel": os.uname().release, **processor_facts(), "cpus": os.cpu_count() or 1,
+                "memory_bytes": memory_facts().get("MemTotal", 0), "workdir": self.place.workdir}
 
     def _ping(self, request: Request) -> dict[str, Any]:
         load = read_file("/proc/loadavg").split()
@@ -255,8 +257,11 @@ class Agent:
     def _tell(self) -> None:
         """Something happened: answer the host if it waits for that."""
         self.messages.take()  # what a command said before it ended comes with its end
-        if self._starting is not None and self._ended(self._starting):
-            self._give_up_starting()
+        if self._starting is not None:
+            if self._ended(self._starting):
+                self._give_up_starting()
+            elif any(window.end for window in self._starting.windows.values()):
+                self.loop.sooner("start", OUTPUT_PATIENCE)
         if self._waiting is not None and (answer := self._output(self._waiting)) is not None:
             self._stop_waiting()
             self._lanes[1].answer(answer)

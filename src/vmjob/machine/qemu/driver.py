@@ -257,7 +257,7 @@ class QemuMachine:
     def facts(self) -> dict[str, Any]:
         return {"hypervisor": "qemu", "version": self._monitor and self._monitor.version(),
                 "accelerator": self.spec.accelerator,
-                "cpu_model": self.spec.cpu_model or argv.CPU_MODELS[self.spec.accelerator],
+                "cpu_model": argv.cpu_model(self.spec.accelerator, self.spec.cpu_model),
                 "machine_type": argv.MACHINE.partition(",")[0],
                 "started_from": "image" if self.spec.template is None else "template",
                 "memory_mb": self.spec.memory_mb, "cpus": self.spec.cpus,

@@ -1,0 +1,45 @@
+"""From what a user asks for to what a machine needs: the image found, an accelerator chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio.to_thread
+
+from vmjob.home import Home
+from vmjob.image.recipe import DEFAULT_NAME, Recipe
+from vmjob.image.store import Image, ImageStore
+from vmjob.machine.contract import BootParts, MachineSpec
+from vmjob.machine.qemu import accelerators
+
+__all__ = ["machine_shape"]
+
+
+async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, cpus: int,
+                        disk_gb: int, network: str, cpu: str,
+                        progress: Callable[[float, str], None] | None = None,
+                        ) -> tuple[MachineSpec, Image, str]:
+    """What a QEMU machine from ``image`` needs; the default image is built when it is missing.
+
+    Returns the shape (id and directory still open), the image and why this accelerator was
+    chosen. ``cpu`` as in `MachineSpec.cpu_model`. Raises `ImageMissing`, `ImageCorrupt`,
+    `ImageBuildFailed`, `AcceleratorUnusable`.
+    """
+
+    def find() -> Image:
+        store = ImageStore(home)
+        if image == DEFAULT_NAME:
+            store.ensure(Recipe(), progress or _unheard)
+        return store.verified(image)
+
+    found = await anyio.to_thread.run_sync(find)
+    boot = BootParts.of(found)
+    proof = await accelerators.choose(home, accel, boot)
+    shape = MachineSpec(id="", directory=home.root, boot=boot, memory_mb=memory_mb, cpus=cpus,
+                        disk_gb=disk_gb, network=network, accelerator=proof.accelerator,
+                        cpu_model=cpu)
+    return shape, found, proof.why
+
+
+def _unheard(fraction: float, text: str) -> None:
+    """Progress that nobody asked for."""
