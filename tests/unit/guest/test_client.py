@@ -175,7 +175,8 @@ async def test_a_message_is_heard_once_and_in_order() -> None:
 
 @pytest.mark.parametrize("said", [
     {}, {"protocol": "1"}, {"protocol": 1, "oldest": 1, "generation": 5},
-    {"protocol": 1, "oldest": 1, "generation": "a", "kernel": "6", "cpus": "many",
+    {"protocol": 1, "oldest": 1, "generation": "a", "kernel": "6", "processor": "p",
+     "processor_flags": [], "cpus": "many",
      "memory_bytes": 1, "workdir": "/job"}])
 async def test_an_introduction_that_does_not_fit_is_refused(said: object) -> None:
     async with scripted(lambda target, asked: json.dumps(said).encode()) as client:
@@ -185,7 +186,8 @@ async def test_an_introduction_that_does_not_fit_is_refused(said: object) -> Non
 
 async def test_another_agent_than_the_one_that_said_hello_is_noticed() -> None:
     names = iter("ab")
-    hello = {"protocol": 1, "oldest": 1, "kernel": "6", "cpus": 1, "memory_bytes": 1,
+    hello = {"protocol": 1, "oldest": 1, "kernel": "6", "processor": "p",
+             "processor_flags": [], "cpus": 1, "memory_bytes": 1,
              "workdir": "/job"}
     async with scripted(lambda target, asked: json.dumps(
             {**hello, "generation": next(names)}).encode()) as client:
