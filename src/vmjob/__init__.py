@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     )
     from vmjob.guest.client import Entry, Limits, TaskEnd
     from vmjob.job.model import Input, Job, Output, Task
+    from vmjob.pool import AsyncPool, Pool
 
 __all__ = [
     # a machine, by hand
     "Machine", "AsyncMachine", "Result", "Limits", "TaskEnd", "Entry",
+    # machines that are ready before they are asked for
+    "Pool", "AsyncPool",
     # a job, as a whole
     "Job", "Task", "Input", "Output", "Record",
     # what can go wrong
@@ -44,6 +47,7 @@ _HOMES = {
     "Machine": "api", "AsyncMachine": "api", "Result": "api", "Limits": "guest.client",
     "TaskEnd": "guest.client", "Entry": "guest.client", "Job": "job.model", "Task": "job.model",
     "Input": "job.model", "Output": "job.model", "Record": "engine.record",
+    "Pool": "pool", "AsyncPool": "pool",
 }
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.errors import TimeLimit, WrongState
+from vmjob.errors import MachineError, TimeLimit, WrongState
 from vmjob.guest.agent.wire import MAX_MESSAGES
 from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, TaskEnd
 from vmjob.home import Home
@@ -108,12 +108,18 @@ class AsyncMachine:
         else:
             shape = MachineSpec(id="", directory=place.root, boot=None, memory_mb=memory_mb,
                                 cpus=cpus, disk_gb=disk_gb, network=network)
-        async with open_session(place, driver, shape, cold=cold) as session:
-            machine = cls(session)
-            try:
-                yield machine
-            finally:
-                machine._session = None
+        try:
+            async with open_session(place, driver, shape, cold=cold) as session:
+                machine = cls(session)
+                try:
+                    yield machine
+                finally:
+                    machine._session = None
+        except MachineError as error:
+            from vmjob.shape import doubt
+
+            doubt(place, shape, error.as_dict())
+            raise
 
     # -- commands ------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 
+from vmjob.engine.templates import TemplateStore, cap
 from vmjob.errors import VmjobError
 from vmjob.home import Home
 from vmjob.host import checkup
@@ -28,7 +29,9 @@ def diagnose(home: Home, *, fresh: bool = False) -> list[Finding]:
     if image is None:
         findings.append(Finding("accelerators", "note", "not proved: that needs an image to boot",
                                 "Run `vmjob image build`, then `vmjob doctor` again."))
-    elif all(finding.state != "problem" for finding in findings):
+    else:
+        findings.append(_templates(home))
+    if image is not None and all(finding.state != "problem" for finding in findings):
         findings += asyncio.run(_accelerators(home, image, fresh))
     return findings
 
@@ -71,6 +74,16 @@ def _image(home: Home, findings: list[Finding]) -> Image | None:
     findings.append(Finding("image", "ok", f"{image.name}, kernel {image.manifest.kernel_version}, "
                             f"{image.manifest.total_size / 1e6:.1f} MB"))
     return image
+
+
+def _templates(home: Home) -> Finding:
+    found = TemplateStore(home).all()
+    text = f"{len(found)} frozen, {sum(each.disk_bytes for each in found) / 1e6:.0f} MB of at most "
+    text += f"{cap() / 1e6:.0f}"
+    if not found:
+        return Finding("templates", "note", text,
+                       "The first job of each kind freezes one, so that the next start at once.")
+    return Finding("templates", "ok", text)
 
 
 async def _accelerators(home: Home, image: Image, fresh: bool) -> list[Finding]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import anyio.to_thread
 
+from vmjob.errors import MachineError
 from vmjob.home import Home
 from vmjob.image.recipe import DEFAULT_NAME, Recipe
 from vmjob.image.store import Image, ImageStore
 from vmjob.machine.contract import BootParts, MachineSpec
 from vmjob.machine.qemu import accelerators
 
-__all__ = ["machine_shape"]
+__all__ = ["doubt", "machine_shape"]
 
 
 async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, cpus: int,
@@ -39,6 +41,15 @@ async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, c
                         disk_gb=disk_gb, network=network, accelerator=proof.accelerator,
                         cpu_model=cpu)
     return shape, found, proof.why
+
+
+def doubt(home: Home, shape: MachineSpec, error: Mapping[str, Any] | None) -> None:
+    """Learn from how a machine ended: its accelerator is proved again if that may be the cause.
+
+    ``error``: the form that `VmjobError.as_dict` gives.
+    """
+    if error is not None and error["code"] in {kind.code for kind in MachineError.__subclasses__()}:
+        accelerators.doubt(home, shape.accelerator, error["message"])
 
 
 def _unheard(fraction: float, text: str) -> None:

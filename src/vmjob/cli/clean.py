@@ -6,27 +6,41 @@ import click
 
 from vmjob.cli.main import print_json
 from vmjob.engine.ownership import leftovers, sweep
+from vmjob.engine.templates import TemplateStore
 from vmjob.home import Home
+from vmjob.image.store import ImageStore
 
 __all__ = ["clean"]
 
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--templates", is_flag=True,
+              help="Remove all frozen machines; the next start of each kind makes a new one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def clean(dry_run: bool, as_json: bool) -> None:
-    """Remove what killed processes left behind.
+def clean(dry_run: bool, templates: bool, as_json: bool) -> None:
+    """Remove what killed processes left behind, and frozen machines of images that are gone.
 
-    Every `vmjob run` does this by itself when it starts. What belongs to a living process, to
-    another user or to another VMJOB_HOME is never touched.
+    Every `vmjob run` does the first by itself when it starts. What belongs to a living process,
+    to another user or to another VMJOB_HOME is never touched.
     """
     home = Home()
     found = list(leftovers(home)) if dry_run else sweep(home)
+    store = TemplateStore(home)
+    store.sweep()
+    images = {image.digest for image in ImageStore(home).list()}
+    old = [each for each in store.all() if templates or each.manifest.image not in images]
+    removed = [each for each in old if dry_run or store.remove(each.key)]
     if as_json:
         print_json({"home": str(home.root), "removed": not dry_run,
-                    "machines": [each.id for each in found]})
+                    "machines": [each.id for each in found],
+                    "templates": [each.key for each in removed],
+                    "templates_in_use": [each.key for each in old if each not in removed]})
         return
-    for each in found:
-        click.echo(f"{'would remove' if dry_run else 'removed'} {each.directory}")
-    if not found:
+    for directory in (*(each.directory for each in found), *(each.directory for each in removed)):
+        click.echo(f"{'would remove' if dry_run else 'removed'} {directory}")
+    for each in old:
+        if each not in removed:
+            click.echo(f"in use, kept: {each.directory}")
+    if not found and not old:
         click.echo("Nothing was left behind.")

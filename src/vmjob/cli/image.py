@@ -10,6 +10,8 @@ import click
 import msgspec
 
 from vmjob.cli.main import print_json
+from vmjob.engine.templates import Template, TemplateStore
+from vmjob.errors import ImageCorrupt
 from vmjob.home import Home
 from vmjob.image.recipe import DEFAULT_NAME, Recipe
 from vmjob.image.store import Image, ImageStore
@@ -73,11 +75,18 @@ def list_images(as_json: bool) -> None:
 @as_json_option
 def inspect(name: str, as_json: bool) -> None:
     """Show what an image is made of."""
-    found = ImageStore(Home()).get(name)
+    home = Home()
+    found = ImageStore(home).get(name)
+    templates = TemplateStore(home).of_image(found.digest)
     if as_json:
-        _show_json(found)
+        print_json({**_facts(found), "templates": [_template_facts(each) for each in templates]})
         return
     _show(found)
+    for each in templates:
+        facts = _template_facts(each)
+        click.echo(f"  template {each.key}: {facts['memory_mb']} MB memory, {facts['cpus']} CPU, "
+                   f"{facts['network']} network, {facts['cpu_model']}, {facts['accelerator']}; "
+                   f"{each.disk_bytes / 1e6:.1f} MB")
     for package in found.manifest.packages:
         click.echo(f"  {package.name} {package.version}")
 
@@ -98,8 +107,13 @@ def verify(name: str, as_json: bool) -> None:
 @click.argument("name")
 @as_json_option
 def remove(name: str, as_json: bool) -> None:
-    """Remove an image."""
-    ImageStore(Home()).remove(name)
+    """Remove an image, and the machines frozen from it."""
+    home = Home()
+    store, templates = ImageStore(home), TemplateStore(home)
+    with contextlib.suppress(ImageCorrupt):
+        for each in templates.of_image(store.get(name).digest):
+            templates.condemn(each.key)  # copies that run hold what they need
+    store.remove(name)
     if as_json:
         print_json({"name": name, "removed": True})
     else:
@@ -108,6 +122,12 @@ def remove(name: str, as_json: bool) -> None:
 
 def _facts(found: Image) -> dict[str, object]:
     return {"directory": str(found.directory), **msgspec.to_builtins(found.manifest)}
+
+
+def _template_facts(template: Template) -> dict[str, object]:
+    shape = template.manifest.shape
+    return {"key": template.key, "bytes": template.disk_bytes, "used": template.used,
+            "created": template.manifest.created, "seconds": template.manifest.seconds, **shape}
 
 
 def _show_json(found: Image) -> None:

@@ -131,7 +131,7 @@ async def _run(job: Job, *, accel: str, cpu: str, cold: bool, stdin: str, keep: 
     from vmjob.grid.terminal import OutputClosed, Terminal
     from vmjob.home import Home
     from vmjob.machine.qemu.driver import QemuDriver
-    from vmjob.shape import machine_shape
+    from vmjob.shape import doubt, machine_shape
 
     task = asyncio.current_task()
     assert task is not None
@@ -158,6 +158,7 @@ async def _run(job: Job, *, accel: str, cpu: str, cold: bool, stdin: str, keep: 
                               keep=Path("vmjob-failed").absolute() if keep else None)
             record = await run_job(home, request, terminal)
             record.machine["accelerator_why"] = why
+            doubt(home, shape, record.error)
         except asyncio.CancelledError:
             return 128 + (caught[0] if caught else signal.SIGINT)
         except OutputClosed:

@@ -135,8 +135,10 @@ async def _machine(home: Home, driver: Driver, shape: MachineSpec,
                     session = Session(machine, client, hello, started)
                     yield session
                 finally:
-                    with anyio.CancelScope(shield=True):
-                        await machine.stop()
+                    try:
+                        with anyio.CancelScope(shield=True):
+                            await machine.stop()
+                    finally:  # asyncio's own cancellation passes through the shield
                         client.close()
             finally:
                 with anyio.CancelScope(shield=True):

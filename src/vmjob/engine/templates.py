@@ -27,7 +27,7 @@ from vmjob.errors import TemplateUnusable, UsageError
 from vmjob.guest.client import Hello
 from vmjob.home import Home, remove_tree
 from vmjob.host.seal import read_seal, seal_of, write_seal
-from vmjob.machine.contract import Driver, MachineSpec
+from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, MachineSpec
 
 __all__ = ["Lease", "Template", "TemplateStore", "key_of"]
 
@@ -54,13 +54,15 @@ class File(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct, frozen=True):
     """What a template is: ``identity`` is all that its key is made of, ``hello`` what its agent
-    said of itself, ``seconds`` how long it took to make.
+    said of itself, ``seconds`` how long it took to make, ``shape`` the part of the identity that
+    people ask for.
     """
 
     format: int
     driver: str
     image: str
     identity: dict[str, Any]
+    shape: dict[str, Any]
     created: float
     seconds: float
     hello: Hello
@@ -80,7 +82,10 @@ class Template:
 
 def key_of(driver: Driver, shape: MachineSpec) -> tuple[str, dict[str, Any]]:
     """The key of the template for machines of this shape, and what it is made of."""
-    identity = {"format": FORMAT, "driver": driver.name,
+    told = {"memory_mb": shape.memory_mb, "cpus": shape.cpus, "network": shape.network,
+            "accelerator": shape.accelerator, "cpu_model": shape.cpu_model,
+            "disk_gb": min(shape.disk_gb, TEMPLATE_DISK_GB)}
+    identity = {"format": FORMAT, "driver": driver.name, "shape": told,
                 "image": shape.boot.digest if shape.boot else None, **driver.identity(shape)}
     return hash_of(identity), identity
 
@@ -142,6 +147,10 @@ class TemplateStore:
                     found.append(_read(directory))
         return sorted(found, key=lambda each: -each.used)
 
+    def of_image(self, digest: str) -> list[Template]:
+        """Those that were made from an image."""
+        return [each for each in self.all() if each.manifest.image == digest]
+
     def lease(self, key: str) -> Lease | None:
         """The template with this key, verified and held; None when there is none.
 
@@ -190,9 +199,10 @@ class TemplateStore:
         checked = {name: File((beside / name).stat().st_size, digest(beside / name))
                    for name in files}
         manifest = Manifest(FORMAT, identity["driver"], identity["image"] or "", identity,
+                            identity["shape"],
                             time.time(), seconds, hello, checked)
         key = hash_of(identity)
-        (beside / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+        (beside / MANIFEST).write_bytes(_sealed(manifest))
         (beside / LOCK).touch(mode=0o600)
         for path in (*beside.iterdir(), beside):
             _fsync(path)
@@ -265,7 +275,7 @@ def room_for(home: Home, shape: MachineSpec) -> bool:
 
 def _read(directory: Path) -> Template:
     try:
-        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+        manifest = _unsealed((directory / MANIFEST).read_bytes())
         if manifest.format != FORMAT:
             raise TemplateUnusable(f"the template {directory.name} is of another vmjob")
         for name, file in manifest.files.items():
@@ -276,6 +286,25 @@ def _read(directory: Path) -> Template:
                         (directory / LOCK).stat().st_mtime)
     except (OSError, msgspec.MsgspecError) as error:
         raise TemplateUnusable(f"the template {directory.name} cannot be read: {error}") from error
+
+
+class _Sealed(msgspec.Struct, frozen=True):
+    """The file: a manifest, and the checksum of its bytes."""
+
+    sha256: str
+    template: msgspec.Raw
+
+
+def _sealed(manifest: Manifest) -> bytes:
+    raw = msgspec.json.encode(manifest)
+    return msgspec.json.encode(_Sealed(hashlib.sha256(raw).hexdigest(), msgspec.Raw(raw)))
+
+
+def _unsealed(data: bytes) -> Manifest:
+    sealed = msgspec.json.decode(data, type=_Sealed)
+    if hashlib.sha256(sealed.template).hexdigest() != sealed.sha256:
+        raise TemplateUnusable("a template's description is damaged")
+    return msgspec.json.decode(sealed.template, type=Manifest)
 
 
 def _seal(directory: Path, manifest: Manifest) -> dict[str, object]:

@@ -25,6 +25,7 @@ READ = 64 * 1024
 REDRAW = 0.25
 
 PHASES = {"image": "checking the image", "machine": "making a machine", "boot": "booting",
+          "template": "freezing a machine, once for each kind", "thaw": "starting",
           "inputs": "copying inputs", "run": "running", "outputs": "copying outputs",
           "end": "cleaning up"}
 

@@ -56,8 +56,7 @@ class FakeDriver:
         return machine
 
     def identity(self, spec: MachineSpec) -> dict[str, Any]:
-        return {"memory_mb": spec.memory_mb, "cpus": spec.cpus, "network": spec.network,
-                "version": self._faults.version}
+        return {"version": self._faults.version}
 
     async def load(self, spec: MachineSpec) -> FakeMachine:
         machine = FakeMachine(spec, self._faults)

@@ -26,7 +26,7 @@ from vmjob.host.guard import guarded
 from vmjob.machine.contract import BootParts
 from vmjob.machine.qemu import argv, programs
 
-__all__ = ["Proof", "candidates", "choose", "prove"]
+__all__ = ["Proof", "candidates", "choose", "doubt", "prove"]
 
 #: Seconds for the probe's boot: with working hardware support it takes well under one, and an
 #: accelerator that needs this long is not worth using.
@@ -37,6 +37,8 @@ TCG_DEADLINE = 120.0
 PROBE_PROOF = b"vmjob-probe: ok"
 PROBE_ARGUMENT = "vmjob.probe"
 PROBE_MEMORY_MB = 128
+#: Causes of failed starts that are remembered.
+MOST_DOUBTS = 20
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,21 @@ def _boot(binary: str, accelerator: str, boot: BootParts) -> Proof:
     return Proof(accelerator, False, why, spent)
 
 
+def doubt(home: Home, accelerator: str, cause: str) -> None:
+    """A real start failed with ``cause``: prove the accelerator again, once for each cause."""
+    if accelerator == "tcg":
+        return
+    path = home.cache / f"accelerator-{accelerator}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        doubts = content.get("doubts", [])
+        if not content["works"] or cause in doubts:
+            return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # it will be proved in any case
+    _write(path, {**content, "ground": "doubted", "doubts": [*doubts[-MOST_DOUBTS:], cause]})
+
+
 def _remembered(path: Path, ground: str, accelerator: str) -> Proof | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +169,15 @@ def _remembered(path: Path, ground: str, accelerator: str) -> Proof | None:
 
 
 def _remember(path: Path, ground: str, proof: Proof) -> None:
-    content = {"ground": ground, "works": proof.works, "why": proof.why, "seconds": proof.seconds}
+    try:
+        doubts = json.loads(path.read_text(encoding="utf-8")).get("doubts", [])
+    except (OSError, ValueError, AttributeError):
+        doubts = []
+    _write(path, {"ground": ground, "works": proof.works, "why": proof.why,
+                  "seconds": proof.seconds, "doubts": doubts})
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(path)

@@ -82,8 +82,7 @@ class QemuDriver:
                         boot=BootParts("", nowhere, nowhere, nowhere, nowhere))
         none = argv.Descriptors(-1, -1, dict.fromkeys(LANES, -1))
         found = {"argv": argv.command_line(binary, shape, nowhere, none),
-                 "program": programs.identity(binary),
-                 "disk_gb": min(spec.disk_gb, TEMPLATE_DISK_GB)}
+                 "program": programs.identity(binary)}
         if spec.accelerator != "tcg":  # then it is this computer's processor that the guest saw
             found["processor"] = processor()
         return found
