@@ -28,12 +28,15 @@ MOST = 1000
 
 
 class _Ready:
-    """A machine that waits to be taken, or the reason why there is none."""
+    """A machine that waits to be taken, or the reason why there is none; made by its keeper."""
 
     def __init__(self, machine: AsyncMachine | None, error: VmjobError | None) -> None:
         self.machine = machine
         self.error = error
         self.over = asyncio.Event()
+        keeper = asyncio.current_task()
+        assert keeper is not None
+        self.keeper = keeper
 
 
 class AsyncPool:
@@ -84,6 +87,7 @@ class AsyncPool:
             yield found.machine
         finally:
             found.over.set()
+            await asyncio.wait([found.keeper])
 
     def _start_one(self) -> None:
         keeper = asyncio.ensure_future(self._keep_one())
