@@ -18,8 +18,15 @@ import psutil
 import pytest
 
 from tests.conftest import boot_parts, eventually, lend, open_descriptors
-from vmjob.errors import AgentLost, NotSupported, VmjobError, WrongState
-from vmjob.guest.client import AgentClient
+from vmjob.errors import (
+    AgentLost,
+    GuestRefused,
+    NotSupported,
+    TemplateUnusable,
+    VmjobError,
+    WrongState,
+)
+from vmjob.guest.client import AgentClient, Identity
 from vmjob.home import Home
 from vmjob.machine.contract import Driver, EndReason, Machine, MachineSpec, Status
 from vmjob.machine.fake import FakeDriver
@@ -120,6 +127,67 @@ async def test_a_command_goes_on_over_suspend_and_resume(driver: Driver,
                 await machine.suspend()
                 await machine.resume()
     assert got.split() == [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8"]
+
+
+async def test_copies_of_a_frozen_machine_answer_side_by_side(driver: Driver, spec: MachineSpec,
+                                                             home: Home) -> None:
+    """start, freeze; then create and start with the files as a template, twice at once."""
+    assert driver.capabilities.templates
+    machine = await driver.create(replace(spec, freezable=True))
+    client = AgentClient(await machine.start())
+    try:
+        await client.hello(BOOT)
+        await client.sleep()
+        with pytest.raises(GuestRefused):
+            await client.ping()
+        files = await machine.freeze()
+    finally:
+        client.close()
+    assert machine.get_status() is Status.STOPPED
+    template = home.templates / "t"
+    template.mkdir(parents=True)
+    for name in files:
+        (spec.directory / name).rename(template / name)
+    kept = {name: (template / name).read_bytes()[:1 << 20] for name in files}
+    await machine.destroy()
+    copies, clients = [], []
+    try:
+        for number in range(2):
+            directory = home.machines / f"c{number}"
+            directory.mkdir()
+            copies.append(await driver.create(
+                replace(spec, id=f"c{number}", directory=directory, template=template)))
+            clients.append(AgentClient(await copies[-1].start(), clean=True))
+        for number, client in enumerate(clients):
+            await client.introduce(Identity.fresh(f"copy{number}", network=False), BOOT)
+            await client.mkdir("of-its-own")
+            task = await client.start(["true"])
+            assert (await client.follow(task, ignore)).exit_code == 0
+            assert [entry.name for entry in await client.ls()] == ["of-its-own"]
+    finally:
+        for client in clients:
+            client.close()
+        for copy in copies:
+            await copy.destroy()
+    assert kept == {name: (template / name).read_bytes()[:1 << 20] for name in files}
+
+
+async def ignore(stream: str, data: bytes) -> None: ...
+
+
+async def test_only_a_machine_that_was_made_for_it_can_be_frozen(driver: Driver,
+                                                                 spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    async with running(machine):
+        with pytest.raises(WrongState):
+            await machine.freeze()
+
+
+async def test_a_template_that_is_not_there_is_unusable(driver: Driver, spec: MachineSpec) -> None:
+    empty = spec.directory.with_name("empty")
+    empty.mkdir()
+    with pytest.raises(TemplateUnusable):
+        await driver.create(replace(spec, template=empty))
 
 
 async def test_create_starts_nothing_and_destroy_leaves_nothing(driver: Driver,

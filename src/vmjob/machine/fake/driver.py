@@ -49,7 +49,7 @@ class FakeDriver:
         self._faults = faults or Faults()
 
     async def create(self, spec: MachineSpec) -> FakeMachine:
-        if spec.template is not None and (spec.template / MEMORY).read_text() != FROZEN:
+        if spec.template is not None and not is_frozen(spec.template):
             raise TemplateUnusable("the fake machine's memory is not what it was")
         machine = FakeMachine(spec, self._faults)
         machine.workdir.mkdir()
@@ -124,6 +124,8 @@ class FakeMachine:
         raise NotSupported("the fake driver makes no checkpoints")
 
     async def freeze(self) -> list[str]:
+        if not self.spec.freezable:
+            raise WrongState("the machine was not started to be frozen")
         self._require_running()
         if self._faults.freeze is not None:
             raise HostDiskFull(self._faults.freeze)
@@ -250,6 +252,13 @@ class FakeMachine:
         status = int(said[-1])
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return Ended(EndReason.RESET, f"the machine ended: agent ended {how}")
+
+
+def is_frozen(template: Path) -> bool:
+    """Whether a frozen fake machine is whole."""
+    with contextlib.suppress(OSError):
+        return (template / MEMORY).read_text() == FROZEN
+    return False
 
 
 def kill_strays(run: Path) -> None:
