@@ -15,7 +15,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from vmjob.engine.session import Session, end_error, open_session
+from vmjob.engine.session import Session, open_session
+from vmjob.engine.starting import end_error
 from vmjob.errors import AgentLost, GuestPanic, HostDiskFull, MachineDied, VmjobError
 from vmjob.guest.client import AgentClient, Limits, TaskEnd
 from vmjob.home import Home

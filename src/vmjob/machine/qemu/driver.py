@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Coroutine, Mapping
@@ -103,6 +104,7 @@ class QemuMachine:
         self.overlay = spec.directory / "overlay.qcow2"
         self._status = Status.CREATED
         self._process: asyncio.subprocess.Process | None = None
+        self._pidfd = -1
         self._monitor: Monitor | None = None
         self._console: Console | None = None
         self._asked_to_end = False
@@ -147,7 +149,7 @@ class QemuMachine:
         assert self._process is not None
         self._status = Status.RUNNING
         self._console = Console(ours["console"], self.spec.directory / "console.log")
-        self._monitor = Monitor(self.spec.id, self._process.kill)
+        self._monitor = Monitor(self.spec.id, self._kill)
         self._ended = asyncio.get_running_loop().create_task(self._watch())
         lanes = {name: ours[name] for name in LANES}
         try:
@@ -227,9 +229,8 @@ class QemuMachine:
                 self._status = Status.STOPPED
             return
         self._asked_to_end = True
-        if self._process.returncode is None:
-            # A throw-away machine has nothing to save; SIGKILL cannot be blocked or delayed.
-            self._process.kill()
+        # A throw-away machine has nothing to save; SIGKILL cannot be blocked or delayed.
+        self._kill()
         with anyio.CancelScope(shield=True), anyio.fail_after(KILL_DEADLINE):
             await asyncio.shield(self._ended)
 
@@ -286,6 +287,12 @@ class QemuMachine:
             raise WrongState(f"the machine is {self._status}, not running")
         return self._monitor
 
+    def _kill(self) -> None:
+        """End QEMU; not by asyncio's own way, which may reap it before the one who waits does."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     async def _spawn(self, command: list[str], fds: list[int]) -> None:
         programs.find("setpriv")
         command = guarded(command, os.getpid(), drop_capabilities=os.geteuid() == 0)
@@ -294,6 +301,7 @@ class QemuMachine:
                 self._process = await asyncio.create_subprocess_exec(
                     *command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds,
                     start_new_session=True)
+                self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
                 raise MachineStartFailed(f"cannot start QEMU: {error.strerror}") from error
 
@@ -303,6 +311,8 @@ class QemuMachine:
         assert self._monitor is not None
         assert self._console is not None
         code = await self._process.wait()
+        os.close(self._pidfd)
+        self._pidfd = -1
         await self._console.close()
         await self._monitor.close()
         self._status = Status.STOPPED

@@ -44,6 +44,9 @@ class Monitor:
         self.out_of_space = False
         self._on_no_space = on_no_space
         self._resumed = asyncio.Event()
+        # A connection that fails is disconnected by the client itself, which does not bear a second
+        # one who does the same.
+        self._connecting = anyio.Lock()
 
     async def connect(self, sock: socket.socket) -> None:
         """Greet and negotiate; raises `MachineError` when QEMU does not answer."""
@@ -51,7 +54,8 @@ class Monitor:
         self._sock = sock
         try:
             with anyio.fail_after(DEADLINE):
-                await self._client.connect(sock)
+                async with self._connecting:
+                    await self._client.connect(sock)
         except (QMPError, OSError, TimeoutError) as error:
             raise MachineError(f"QEMU's monitor does not answer: {error}") from error
         self._watch = asyncio.get_running_loop().create_task(self._follow())
@@ -120,7 +124,8 @@ class Monitor:
         """Let go of the connection; QEMU may already be gone."""
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError):
             with anyio.fail_after(DEADLINE):
-                await self._client.disconnect()
+                async with self._connecting:
+                    await self._client.disconnect()
         if self._watch:
             self._watch.cancel()
             await asyncio.wait([self._watch])
