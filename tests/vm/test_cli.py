@@ -145,7 +145,7 @@ def test_a_terminal_sees_what_is_being_done() -> None:
             break
     os.close(master)
     assert process.wait(60) == 0
-    assert b"starting" in seen
+    assert b"running" in seen
     assert b"[############------------]" in seen
     assert seen.rstrip().endswith(b"end") or b"end\r\n" in seen
 

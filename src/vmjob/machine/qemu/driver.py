@@ -301,9 +301,10 @@ class QemuMachine:
                 self._process = await asyncio.create_subprocess_exec(
                     *command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds,
                     start_new_session=True)
-                self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
                 raise MachineStartFailed(f"cannot start QEMU: {error.strerror}") from error
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
+            self._pidfd = os.pidfd_open(self._process.pid)
 
     async def _watch(self) -> Ended:
         """Wait for the process, settle the status, keep what a failure report needs."""
@@ -311,8 +312,9 @@ class QemuMachine:
         assert self._monitor is not None
         assert self._console is not None
         code = await self._process.wait()
-        os.close(self._pidfd)
-        self._pidfd = -1
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         await self._console.close()
         await self._monitor.close()
         self._status = Status.STOPPED
