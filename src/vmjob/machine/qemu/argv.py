@@ -18,7 +18,8 @@ __all__ = ["Descriptors", "command_line", "cpu_model", "kernel_arguments", "over
 #: Kernel parameters of every machine. ``panic=-1`` restarts at once, which ends the machine;
 #: leaving out self-tests and idle serial ports saves 0.3 s of a 1.6 s boot under TCG (measured).
 KERNEL_ARGUMENTS = ("console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests", "audit=0",
-                    "random.trust_cpu=on", "8250.nr_uarts=1", "no_timer_check", "nowatchdog", "psi=0")
+                    "random.trust_cpu=on", "8250.nr_uarts=1", "no_timer_check", "nowatchdog",
+                    "psi=0")
 
 #: Under TCG only. QEMU keeps translated code by virtual address, so every program that is loaded at
 #: a new random address is translated anew: starting /bin/true takes 23 ms with address
