@@ -28,6 +28,7 @@ TRAP_FMA = "0x1.54145bf6068bep-1\n"
 
 #: What libm must not use for a native run to be comparable.
 WITHOUT_FMA = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA"}
+#: Flags of processors made after the baseline.
 NEW_FLAGS = {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"}
 
 #: The pixels only: the header above them has the date.
@@ -74,8 +75,8 @@ async def test_baseline_docks_a_ligand_as_a_processor_without_fma(
     if given is None:
         pytest.skip("VMJOB_TEST_INPUTS names no directory with 1iep_*.pdbqt")
     lend(science_image, home)
-    async with vmjob.AsyncMachine.create(image="science", accel="tcg", cpu="baseline",
-                                         cold=True) as machine:
+    async with vmjob.AsyncMachine.create(image="science", memory_mb=2048, accel="tcg",
+                                         cpu="baseline", cold=True) as machine:
         for name in ("1iep_receptor.pdbqt", "1iep_ligand.pdbqt"):
             await machine.put(Path(given) / name)
         result = await machine.run(["sh", "-c", VINA], env={"LC_ALL": "C"})
