@@ -87,7 +87,8 @@ async def test_baseline_docks_a_ligand_as_a_processor_without_fma(
 @pytest.mark.usefixtures("vm_home")
 @pytest.mark.parametrize(("cpu", "model", "present", "answer"), [
     ("baseline", argv.CPU_BASELINE, set(), TRAP_PLAIN),
-    ("host", argv.CPU_MODELS["tcg"], NEW_FLAGS, TRAP_FMA)])
+    ("host", argv.CPU_MODELS["tcg"], NEW_FLAGS, TRAP_FMA)],
+    ids=["baseline", "host"])
 def test_the_record_names_the_model_and_the_flags_that_the_guest_saw(
         cpu: str, model: str, present: set[str], answer: str) -> None:
     done = subprocess.run(
