@@ -116,8 +116,8 @@ def default_image(image_home: Home) -> Image:
 
 
 #: The packages of the real programs whose answers are known.
-SCIENCE = ("bc", "clustalo", "hmmer", "hmmer-examples", "pari-gp", "primecount-bin",
-           "primesieve-bin", "openssh-client")
+SCIENCE = ("autodock-vina", "bc", "clustalo", "hmmer", "hmmer-examples", "openssh-client",
+           "pari-gp", "povray", "povray-examples", "primecount-bin", "primesieve-bin")
 
 
 @pytest.fixture(scope="session")

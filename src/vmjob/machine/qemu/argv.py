@@ -47,7 +47,7 @@ MEMORY_FILE = "memory"
 
 
 #: What every x86 computer since 2009 has, to the letter: programs that choose their code by the
-#: processor's flags choose the same everywhere (docs/explanation/same-bits.md).
+#: processor's flags choose the same everywhere (docs/explanation/processors.md).
 CPU_BASELINE = "Nehalem-v1"
 _CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(,[+-]?[a-z0-9._-]+(=[a-z0-9._-]+)?)*")
 
