@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 
 def timed(command: list[str], *, until: bytes | None = None,
-          env: Mapping[str, str] | None = None) -> float:
-    """Seconds until a command ends, or until it has printed ``until``."""
+          env: Mapping[str, str] | None = None, statuses: tuple[int, ...] = (0,)) -> float:
+    """Seconds until a command ends with one of ``statuses``, or until it has printed ``until``."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, env=env)
@@ -18,7 +18,7 @@ def timed(command: list[str], *, until: bytes | None = None,
         assert process.stdout is not None
         if until is None:
             process.stdout.read()
-            if process.wait():
+            if process.wait() not in statuses:
                 raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
         else:
             while until not in (line := process.stdout.readline()):
