@@ -22,9 +22,9 @@ def bars(title: str, values: dict[str, float], unit: str, ours: frozenset[str]) 
         y = TOP + row * ROW
         length = max(3.0, (WIDTH - LEFT - RIGHT) * math.log10(value / low) / span)
         colour = "#2a6fbb" if name in ours else "#b9bec6"
+        place = f'x="{LEFT}" y="{y + 3}" width="{length:.1f}" height="22"'
         parts += [text(LEFT - 10, y + 18, name, 'text-anchor="end"'),
-                  f'<rect x="{LEFT}" y="{y + 3}" width="{length:.1f}" height="22" '
-                  f'fill="{colour}"/>',
+                  f'<rect {place} fill="{colour}"/>',
                   text(LEFT + length + 8, y + 18, f"{value:.2f} {unit}", "")]
     return "\n".join([*parts, "</svg>", ""])
 
