@@ -61,8 +61,8 @@ async def one_machine(home: Home, place: Path, runs: int, size: int) -> dict[str
         before = me.cpu_times()
         await running
         after = me.cpu_times()
-        found["own CPU of a silent job %"] = 100 * (
-            after.user + after.system - before.user - before.system) / WATCHED
+        found["own CPU of a silent job %"] = max(0.0, 100 * (
+            after.user + after.system - before.user - before.system) / WATCHED)
     return found
 
 
