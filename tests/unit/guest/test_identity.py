@@ -65,7 +65,7 @@ def test_a_kernel_that_is_not_ours_is_left_alone(tmp_path: Path,
 def test_a_rewritten_file_has_exactly_the_new_text(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("something longer")
-    identity._rewrite(str(path), "short")  # noqa: SLF001
+    identity._rewrite(str(path), "short")
     assert path.read_text() == "short"
-    os.close(identity._kept(str(path)))  # noqa: SLF001
-    identity._kept.cache_clear()  # noqa: SLF001
+    os.close(identity._kept(str(path)))
+    identity._kept.cache_clear()
