@@ -57,6 +57,14 @@ async def test_a_job_is_an_unprivileged_user_in_an_empty_directory(session: Sess
     assert text == "root\n"
 
 
+async def test_a_job_inherits_its_three_streams_and_nothing_else(session: Session) -> None:
+    # 3 is ls's own: the directory that it lists.
+    _, text = await run(session.client, "ls", "/proc/self/fd")
+    assert text.split() == ["0", "1", "2", "3"]
+    _, text = await run(session.client, "ls", "/proc/self/fd", user="root")
+    assert text.split() == ["0", "1", "2", "3"]
+
+
 async def test_a_job_has_no_network_unless_it_was_granted_one(session: Session) -> None:
     _, text = await run(session.client, "sh", "-c", "ls /sys/class/net")
     assert text.split() == ["lo"]
