@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.errors import MachineError, TimeLimit, WrongState
+from vmjob.errors import MachineError, TimeLimit, UsageError, WrongState
 from vmjob.guest.agent.wire import MAX_MESSAGES
 from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, TaskEnd
 from vmjob.home import Home
@@ -96,7 +96,7 @@ class AsyncMachine:
         takes a minute. Raises any `VmjobError` but a `JobError`.
         """
         Job(tasks=(Task(("-",)),), memory_mb=memory_mb, cpus=cpus, disk_gb=disk_gb,
-            network=Network(network)).check()
+            network=_network(network)).check()
         place = Home(home)
         if driver is None:
             from vmjob.machine.qemu.driver import QemuDriver
@@ -251,6 +251,11 @@ class AsyncMachine:
         """Where the machine is in its life."""
         return self._session.machine.get_status() if self._session else Status.DESTROYED
 
+    async def ended(self) -> str:
+        """Wait until the machine ends by itself, and say why."""
+        async with self._asking() as session:
+            return (await session.machine.ended()).detail
+
     async def facts(self) -> dict[str, Any]:
         """Hypervisor, accelerator, kernel and shape of the machine."""
         async with self._asking() as session:
@@ -267,6 +272,13 @@ class AsyncMachine:
             raise WrongState("the machine is gone: its block has ended")
         async with self._session.explaining():
             yield self._session
+
+
+def _network(name: str) -> Network:
+    try:
+        return Network(name)
+    except ValueError:
+        raise UsageError(f"{name!r} is not a network: use none or nat") from None
 
 
 async def _fed(session: Session, task: int, source: Callable[[], Coroutine[Any, Any, bytes]],
@@ -309,15 +321,16 @@ class Machine:
     @classmethod
     @contextlib.contextmanager
     def create(cls, *, image: str = "default", memory_mb: int = 512, cpus: int = 1,
-               disk_gb: int = 10, network: str = "none", accel: str = "auto",
-               home: PathLike | None = None, driver: Driver | None = None) -> Iterator[Machine]:
+               disk_gb: int = 10, network: str = "none", accel: str = "auto", cpu: str = "host",
+               cold: bool = False, home: PathLike | None = None,
+               driver: Driver | None = None) -> Iterator[Machine]:
         """See `AsyncMachine.create`."""
         from anyio.from_thread import start_blocking_portal
 
         with start_blocking_portal("asyncio") as portal:
             making = AsyncMachine.create(image=image, memory_mb=memory_mb, cpus=cpus,
-                                         disk_gb=disk_gb, network=network, accel=accel, home=home,
-                                         driver=driver)
+                                         disk_gb=disk_gb, network=network, accel=accel, cpu=cpu,
+                                         cold=cold, home=home, driver=driver)
             with portal.wrap_async_context_manager(making) as machine:
                 found = cls(portal, machine)
                 try:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vmjob.api import AsyncMachine, Machine
-from vmjob.errors import UsageError, VmjobError
+from vmjob.errors import UsageError, WrongState
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -30,7 +30,7 @@ MOST = 1000
 class _Ready:
     """A machine that waits to be taken, or the reason why there is none; made by its keeper."""
 
-    def __init__(self, machine: AsyncMachine | None, error: VmjobError | None) -> None:
+    def __init__(self, machine: AsyncMachine | None, error: Exception | None) -> None:
         self.machine = machine
         self.error = error
         self.over = asyncio.Event()
@@ -48,6 +48,8 @@ class AsyncPool:
         self._shape = shape
         self._ready: asyncio.Queue[_Ready] = asyncio.Queue()
         self._keepers: set[asyncio.Task[None]] = set()
+        self._waiting = 0
+        self._closed = False
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -63,23 +65,26 @@ class AsyncPool:
         try:
             yield pool
         finally:
+            pool._closed = True
             for keeper in pool._keepers:
                 keeper.cancel()
             await asyncio.gather(*pool._keepers, return_exceptions=True)
+            for _ in range(pool._waiting):
+                pool._ready.put_nowait(_Ready(None, _closed()))
 
     @property
     def ready(self) -> int:
         """How many machines could be taken without waiting."""
-        return self._ready.qsize()
+        return 0 if self._closed else self._ready.qsize()
 
     @contextlib.asynccontextmanager
     async def machine(self) -> AsyncIterator[AsyncMachine]:
         """A machine that nobody has used; gone when the block ends.
 
         Waits until one is ready. Raises what kept it from starting; the next call tries anew.
+        Raises `WrongState` once the pool's block has ended.
         """
-        found = await self._ready.get()
-        self._start_one()
+        found = await self._take()
         if found.machine is None:
             assert found.error is not None
             raise found.error
@@ -89,6 +94,21 @@ class AsyncPool:
             found.over.set()
             await asyncio.wait([found.keeper])
 
+    async def _take(self) -> _Ready:
+        """The next one that is not over; another one is started in its place."""
+        while True:
+            if self._closed:
+                raise _closed()
+            self._waiting += 1
+            try:
+                found = await self._ready.get()
+            finally:
+                self._waiting -= 1
+            if not self._closed:
+                self._start_one()
+            if found.machine is None or not found.keeper.done():
+                return found
+
     def _start_one(self) -> None:
         keeper = asyncio.ensure_future(self._keep_one())
         self._keepers.add(keeper)
@@ -96,14 +116,31 @@ class AsyncPool:
 
     async def _keep_one(self) -> None:
         """Own one machine from its start to its end."""
+        found = None
         try:
             async with AsyncMachine.create(**self._shape) as machine:
                 await machine.run(["true"])  # what a first command does is done
                 found = _Ready(machine, None)
                 self._ready.put_nowait(found)
-                await found.over.wait()
-        except VmjobError as error:
-            self._ready.put_nowait(_Ready(None, error))
+                await _first(found.over.wait(), machine.ended())
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits to be told
+            if found is None:
+                self._ready.put_nowait(_Ready(None, error))
+
+
+def _closed() -> WrongState:
+    return WrongState("the pool is closed: its block has ended")
+
+
+async def _first(*events: Coroutine[Any, Any, Any]) -> None:
+    """Wait for the first of several."""
+    waiting = [asyncio.ensure_future(event) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 class Pool:

@@ -333,6 +333,40 @@ async def test_a_request_that_makes_no_sense_is_refused_and_the_agent_lives(
     await client.ping()
 
 
+async def test_a_job_cannot_lift_its_file_limit(client: AgentClient) -> None:
+    end, out, _ = await run(client, "sh", "-c", "sleep 0.2; ulimit -S -f unlimited || echo no; "
+                            "head -c 100000 /dev/zero > big; wc -c < big",
+                            limits=Limits(file_bytes=4096))
+    assert int(out.split()[-1]) <= 4096
+    del end
+
+
+async def test_a_relative_directory_in_the_path_is_below_the_jobs(client: AgentClient) -> None:
+    await run(client, "sh", "-c", "mkdir bin; printf '#!/bin/sh\necho mine' > bin/tool; "
+                                  "chmod +x bin/tool")
+    _, out, _ = await run(client, "tool", env={"PATH": "bin:/usr/bin:/bin"})
+    assert out == b"mine\n"
+
+
+async def test_a_cpu_limit_is_told_as_one(client: AgentClient) -> None:
+    end, _, _ = await run(client, "sh", "-c", "while :; do :; done", limits=Limits(cpu_seconds=1))
+    assert end.ended_by == "cpu-limit"
+
+
+async def test_a_start_that_nobody_waited_for_leaves_no_process(client: AgentClient,
+                                                                tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    with anyio.move_on_after(0.05):
+        await client.start(["sh", "-c", f"trap '' TERM; echo $$ > {mark}; exec sleep 1000"],
+                           wait=5.0)
+    await run(client, "true")
+    pid = int(mark.read_text()) if mark.exists() else 0
+    assert not pid or not psutil.pid_exists(pid) or \
+        psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    listed = (await client._control.request("GET", "/v1/tasks")).json()["tasks"]
+    assert all(task["end"] is not None for task in listed)
+
+
 async def test_file_limits_hold(client: AgentClient) -> None:
     end, _, _ = await run(client, "sh", "-c", "head -c 100000 /dev/zero > big",
                           limits=Limits(file_bytes=1000))

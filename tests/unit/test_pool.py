@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import anyio
+import psutil
 import pytest
 
 import vmjob
-from vmjob.errors import MachineStartFailed, UsageError
+from vmjob.errors import MachineStartFailed, UsageError, WrongState
 from vmjob.home import Home
 from vmjob.machine.fake import FakeDriver, Faults
 from vmjob.pool import AsyncPool
@@ -46,6 +47,38 @@ async def test_what_keeps_a_machine_from_starting_is_told_to_who_asks(home: Home
             with pytest.raises(MachineStartFailed):
                 async with pool.machine():
                     pass
+
+
+@pytest.mark.parametrize(("shape", "kind"), [
+    ({"memory": 256}, TypeError), ({"network": "bogus"}, UsageError)])
+async def test_a_shape_that_cannot_be_is_told_and_nobody_waits_for_ever(
+        home: Home, shape: dict[str, object], kind: type[Exception]) -> None:
+    async with AsyncPool.create(1, driver=FakeDriver(), home=home.root, **shape) as pool:
+        with anyio.fail_after(30), pytest.raises(kind):
+            async with pool.machine():
+                pass
+
+
+async def test_a_machine_that_died_while_it_waited_is_not_handed_out(home: Home) -> None:
+    async with AsyncPool.create(1, driver=FakeDriver(), home=home.root, cold=True) as pool:
+        await filled(pool, 1)
+        for process in psutil.Process().children():
+            process.kill()
+            process.wait()
+        with anyio.fail_after(30):
+            while any(home.machines.iterdir()):  # noqa: ASYNC110 - it is announced to nobody
+                await anyio.sleep(0.01)
+        async with pool.machine() as machine:
+            assert (await machine.run(["echo", "alive"])).stdout == b"alive\n"
+
+
+async def test_a_closed_pool_gives_and_starts_nothing(home: Home) -> None:
+    async with AsyncPool.create(1, driver=FakeDriver(), home=home.root, cold=True) as pool:
+        await filled(pool, 1)
+    with pytest.raises(WrongState):
+        async with pool.machine():
+            pass
+    assert pool.ready == 0
 
 
 async def test_a_pool_that_is_left_at_once_leaves_nothing(home: Home) -> None:

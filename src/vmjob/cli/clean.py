@@ -27,20 +27,25 @@ def clean(dry_run: bool, templates: bool, as_json: bool) -> None:
     home = Home()
     found = list(leftovers(home)) if dry_run else sweep(home)
     store = TemplateStore(home)
-    store.sweep()
+    broken = store.unreadable()
+    if not dry_run:
+        store.sweep()
+        broken = store.remove_unreadable()
     images = {image.digest for image in ImageStore(home).list()}
     old = [each for each in store.all() if templates or each.manifest.image not in images]
     removed = [each for each in old if dry_run or store.remove(each.key)]
     if as_json:
         print_json({"home": str(home.root), "removed": not dry_run,
                     "machines": [each.id for each in found],
-                    "templates": [each.key for each in removed],
+                    "templates": [*(each.key for each in removed),
+                                  *(each.name for each in broken)],
                     "templates_in_use": [each.key for each in old if each not in removed]})
         return
-    for directory in (*(each.directory for each in found), *(each.directory for each in removed)):
+    gone = [*(each.directory for each in found), *(each.directory for each in removed), *broken]
+    for directory in gone:
         click.echo(f"{'would remove' if dry_run else 'removed'} {directory}")
     for each in old:
         if each not in removed:
             click.echo(f"in use, kept: {each.directory}")
-    if not found and not old:
+    if not found and not old and not broken:
         click.echo("Nothing was left behind.")

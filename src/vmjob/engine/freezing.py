@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ import anyio.to_thread
 
 from vmjob.engine.ownership import claim
 from vmjob.engine.starting import boot
-from vmjob.engine.templates import Lease, TemplateStore, key_of, room_for
+from vmjob.engine.templates import Lease, TemplateStore, cap, key_of, room_for
 from vmjob.errors import HostDiskFull, TemplateUnusable
 from vmjob.guest.client import SHORT_COMMAND, AgentClient, Identity
-from vmjob.home import Home, locked
+from vmjob.home import Home
 from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, MachineSpec
 
 __all__ = ["lease"]
@@ -26,6 +29,8 @@ WARMING = (("true",), ("true",), ("sh", "-c", "true"), ("python3", "-c", "pass")
 #: Seconds for which the machine is left alone before it is frozen: the kernel has work that it puts
 #: off (writing back, RCU), which else every copy would do.
 QUIET = 0.5
+#: Seconds between looks at a lock that another process holds.
+LOCK_PERIOD = 0.05
 
 
 async def lease(home: Home, driver: Driver, shape: MachineSpec,
@@ -37,24 +42,56 @@ async def lease(home: Home, driver: Driver, shape: MachineSpec,
     """
     store = TemplateStore(home)
     key, identity = key_of(driver, shape)
-    found = await anyio.to_thread.run_sync(_usable, store, key)
+    cap()  # a wrong one is told before the work, not after it
+    found = await _in_thread(_usable, store, key)
     if found is not None:
         return found
     on_phase("template")
-    lock = home.locks / f"template-{key}"
-    # In a thread, as others may hold it long; abandoned when the caller is cancelled.
-    holder = locked(lock, wait=True, what="the template")
-    await anyio.to_thread.run_sync(holder.__enter__, abandon_on_cancel=True)
-    try:
-        found = await anyio.to_thread.run_sync(_usable, store, key)
+    async with _making(home.locks / f"template-{key}"):
+        found = await _in_thread(_usable, store, key)
         if found is None:
             await _make(home, driver, shape, identity)
-            found = await anyio.to_thread.run_sync(store.lease, key)
-    finally:
-        holder.__exit__(None, None, None)
+            found = await _in_thread(_usable, store, key)
     if found is None:
         raise TemplateUnusable("a template was removed as soon as it was made")
     return found
+
+
+@contextlib.asynccontextmanager
+async def _making(path: Path) -> AsyncIterator[None]:
+    """Hold the lock of a template's making, which others may hold for long.
+
+    Not by a thread that waits for it: as many as a pool has machines would take all threads there
+    are, and one whose caller was cancelled would get the lock for nobody.
+    """
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await anyio.sleep(LOCK_PERIOD)
+        yield
+
+
+async def _in_thread(work: Callable[..., Lease | None], *args: object) -> Lease | None:
+    """Run ``work`` in a thread to its end, even when cancelled: what it leased is given back."""
+    running = asyncio.ensure_future(anyio.to_thread.run_sync(lambda: work(*args)))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            await _ended(running)
+            if (lost := running.result()) is not None:
+                lost.close()
+        raise
+
+
+async def _ended(running: asyncio.Future[Any]) -> None:
+    """Wait for a thread's end, however often the waiting is cancelled."""
+    while not running.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([running])
 
 
 def _usable(store: TemplateStore, key: str) -> Lease | None:
@@ -85,9 +122,14 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec,
             finally:
                 client.close()
             try:
-                await anyio.to_thread.run_sync(
+                # To its end, even when cancelled: the directory is removed after this.
+                publishing = asyncio.ensure_future(anyio.to_thread.run_sync(
                     TemplateStore(home).publish, directory, files, identity, hello,
-                    time.monotonic() - began)
+                    time.monotonic() - began))
+                try:
+                    await asyncio.shield(publishing)
+                finally:
+                    await _ended(publishing)
             except OSError as error:
                 raise HostDiskFull(f"cannot keep a template: {error.strerror}") from error
         finally:
@@ -104,7 +146,10 @@ async def _warm(client: AgentClient, directory: Path) -> None:
         await client.follow(task, drop)
         client.forget(task)
     source = directory / "warm"
-    source.write_bytes(b"warm")
+    try:
+        source.write_bytes(b"warm")
+    except OSError as error:
+        raise HostDiskFull(f"cannot make a template: {error.strerror}") from error
     await client.put(source, "warm")
     await client.get("warm", directory / "back", limit=100)
     await client.delete("warm")

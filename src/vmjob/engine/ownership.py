@@ -23,6 +23,7 @@ __all__ = ["Leftover", "claim", "leftovers", "sweep"]
 
 LOCK = "lock"
 OWNER = "owner.json"
+NEW = ".new-"
 #: Seconds for which a directory without a lock file is taken to be one that is just being made.
 NEWBORN = 60.0
 
@@ -40,16 +41,18 @@ def claim(home: Home) -> Iterator[tuple[str, Path]]:
     """A new machine's id and directory, ours until the block ends; then it is removed."""
     machines = home.machines
     name = os.urandom(6).hex()
-    directory = machines / name
+    # Under another name until it is locked: a sweep takes an unlocked one for a dead owner's.
+    newborn, directory = machines / f"{NEW}{name}", machines / name
     fd = -1
     try:
-        directory.mkdir(mode=0o700)
-        fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        newborn.mkdir(mode=0o700)
+        fd = os.open(newborn / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        (directory / OWNER).write_text(json.dumps(owner))
+        (newborn / OWNER).write_text(json.dumps(owner))
+        newborn.rename(directory)
     except OSError as error:
-        remove_tree(directory)
+        remove_tree(newborn)
         if fd >= 0:
             os.close(fd)
         raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
@@ -64,6 +67,11 @@ def claim(home: Home) -> Iterator[tuple[str, Path]]:
 def leftovers(home: Home) -> Iterator[Leftover]:
     """Directories whose owner is gone; the lock of each is held while it is looked at."""
     for directory in sorted(home.machines.iterdir()):
+        if directory.name.startswith(NEW):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - directory.stat().st_mtime > NEWBORN:
+                    yield Leftover(directory.name, directory)
+            continue
         try:
             fd = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC)
         except NotADirectoryError:

@@ -11,6 +11,7 @@ meets a stale one. Its making is `vmjob.engine.freezing`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -105,8 +106,10 @@ def digest(path: Path) -> str:
         while at < end:
             try:
                 at = os.lseek(file.fileno(), at, os.SEEK_DATA) // BLOCK * BLOCK
-            except OSError:  # no data after this
-                break
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # no data after this
             block = os.pread(file.fileno(), BLOCK, at)
             if block != zeros[:len(block)]:
                 found.update(at.to_bytes(8, "big") + block)
@@ -158,13 +161,17 @@ class TemplateStore:
         it. Raises `TemplateUnusable` for a damaged one.
         """
         directory = self._home.templates / key
+        looked = False
         while True:
             try:
                 fd = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             except OSError:
-                if directory.exists():
+                if not directory.exists():
+                    return None
+                if looked:
                     raise TemplateUnusable(f"the template {key} has no lock") from None
-                return None
+                looked = True  # it may have appeared between the two looks
+                continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if _is_at(fd, directory / LOCK):
@@ -180,10 +187,17 @@ class TemplateStore:
         path = self._home.cache / f"verified-template-{template.key}.json"
         if read_seal(path) != seal:
             for name, file in template.manifest.files.items():
-                if digest(directory / name) != file.sha256:
+                try:
+                    found = digest(directory / name)
+                except OSError as error:
+                    raise TemplateUnusable(f"the template {template.key} cannot be read: "
+                                           f"{error.strerror}") from error
+                if found != file.sha256:
                     raise TemplateUnusable(f"the template {template.key} is damaged: {name}")
-            write_seal(path, seal)
-        os.utime(directory / LOCK)
+            with contextlib.suppress(OSError):  # then it is read again next time
+                write_seal(path, seal)
+        with contextlib.suppress(OSError):
+            os.utime(directory / LOCK)
         return Lease(template, fd, seal)
 
     def publish(self, made: Path, files: list[str], identity: dict[str, Any], hello: Hello,
@@ -221,6 +235,8 @@ class TemplateStore:
             return True
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(fd, directory / LOCK):
+                return False  # it is another one by now
             self._discard(directory)
         except BlockingIOError:
             return False
@@ -233,7 +249,7 @@ class TemplateStore:
         self._discard(self._home.templates / key)
 
     def _discard(self, directory: Path) -> None:
-        aside = directory.with_name(f"{_REMOVED}{directory.name}-{os.getpid()}")
+        aside = directory.with_name(f"{_REMOVED}{directory.name}-{os.urandom(4).hex()}")
         with contextlib.suppress(FileNotFoundError):
             directory.rename(aside)
         remove_tree(aside)
@@ -241,6 +257,7 @@ class TemplateStore:
 
     def evict(self, keep: str) -> list[Template]:
         """Remove the longest unused until all fit below the cap; never ``keep`` or one in use."""
+        self.remove_unreadable()
         found = self.all()
         total = sum(each.disk_bytes for each in found)
         evicted = []
@@ -251,6 +268,21 @@ class TemplateStore:
                 total -= each.disk_bytes
                 evicted.append(each)
         return evicted
+
+    def unreadable(self) -> list[Path]:
+        """Directories that no vmjob of this version can use: damaged, or another version's."""
+        found = []
+        for directory in self._home.templates.iterdir():
+            if not directory.name.startswith("."):
+                try:
+                    _read(directory)
+                except TemplateUnusable:
+                    found.append(directory)
+        return found
+
+    def remove_unreadable(self) -> list[Path]:
+        """Remove those that no machine uses."""
+        return [each for each in self.unreadable() if self.remove(each.name)]
 
     def sweep(self) -> None:
         """Finish removals that were cut off."""
@@ -276,6 +308,8 @@ def room_for(home: Home, shape: MachineSpec) -> bool:
 def _read(directory: Path) -> Template:
     try:
         manifest = _unsealed((directory / MANIFEST).read_bytes())
+        if hash_of(manifest.identity) != directory.name:
+            raise TemplateUnusable(f"the template {directory.name} is not what its name says")
         if manifest.format != FORMAT:
             raise TemplateUnusable(f"the template {directory.name} is of another vmjob")
         for name, file in manifest.files.items():

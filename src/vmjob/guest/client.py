@@ -251,9 +251,14 @@ class AgentClient:
                 raise CommandNotExecutable(refused.message.removeprefix("the machine refused: "),
                                            argv=argv) from None
             raise
+        except BaseException:
+            self._over = asked.get("forget", []) + self._over  # it may not have got there
+            raise
         head, rest = _split(answer.body)
         self._epoch = _number(head, "epoch")
         task = _number(head, "id")
+        if task in self._followers or task in self._early:
+            raise AgentProtocol("the agent gave two commands the same number")
         if wait:
             self._early[task] = follower = _Follower()
             self._take(task, follower, head.get("news"), rest)
@@ -388,7 +393,9 @@ class AgentClient:
         """Hand over the messages that did not fit into the answer with a command's end."""
         newest = self._newest_message
         seen = -1
-        while seen < self._messages_seen < newest:
+        for _ in range(wire.MAX_MESSAGES):
+            if not seen < self._messages_seen < newest:
+                return
             seen = self._messages_seen
             await self.poll_messages()
 

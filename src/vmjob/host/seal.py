@@ -36,6 +36,6 @@ def read_seal(path: Path) -> object:
 
 def write_seal(path: Path, seal: dict[str, object]) -> None:
     """Keep a seal."""
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}")
     temporary.write_text(json.dumps(seal), encoding="utf-8")
     temporary.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -83,6 +84,39 @@ async def test_many_who_ask_at_once_make_one(home: Home, shape: MachineSpec, sto
     sessions = await asyncio.gather(*(use(home, shape) for _ in range(10)))
     assert len(made) == 1
     assert {each.machine.spec.template for each in sessions} == {only(store).directory}
+
+
+async def test_more_who_wait_than_there_are_threads_do_not_hold_each_other_up(
+        home: Home, shape: MachineSpec) -> None:
+    taken = await asyncio.gather(*(freezing.lease(home, FakeDriver(), shape, lambda phase: None)
+                                   for _ in range(60)))
+    for lease in taken:
+        lease.close()
+
+
+async def test_a_cancelled_wait_for_a_template_leaves_no_lock_and_no_descriptor(
+        home: Home, shape: MachineSpec, store: TemplateStore) -> None:
+    await use(home, shape)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for turns in range(12):
+        waiting = asyncio.ensure_future(
+            freezing.lease(home, FakeDriver(), shape, lambda phase: None))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            (await waiting).close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert store.remove(only(store).key)
+
+
+async def test_templates_of_another_version_are_found_and_removed(
+        home: Home, shape: MachineSpec, store: TemplateStore) -> None:
+    await use(home, shape)
+    (only(store).directory / "template.json").write_text("{}")
+    assert len(store.unreadable()) == 1
+    await use(home, replace(shape, memory_mb=2))
+    assert store.unreadable() == []
 
 
 PARTS = BootParts("digest", *(Path(name) for name in ("/kernel", "/initrd", "/root", "/scratch")))
@@ -299,7 +333,8 @@ KILLED = """
 
 
 async def test_a_making_that_is_killed_at_any_step_leaves_nothing_that_is_used(
-        home: Home, shape: MachineSpec, store: TemplateStore) -> None:
+        home: Home, shape: MachineSpec, store: TemplateStore,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     home.machines  # noqa: B018 - so that the steps counted are those of the making
     step = 1
     while True:
@@ -316,6 +351,7 @@ async def test_a_making_that_is_killed_at_any_step_leaves_nothing_that_is_used(
             store.remove(template.key)
         step += 1
     assert step > 15, "the steps of a making were not met"
+    monkeypatch.setattr("vmjob.engine.ownership.NEWBORN", -1)  # a minute has passed
     session = await use(home, shape)
     assert session.cold_because is None
     assert list(home.machines.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import struct
 import time
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Agent:
         """Answer until every lane is closed."""
         self._open = 3
         self._lanes = [
-            Lane(self.loop, control, self._control, self._stop_starting, self._closed),
+            Lane(self.loop, control, self._control, self._abandon_start, self._closed),
             Lane(self.loop, output, self._output, self._stop_waiting, self._closed),
             Lane(self.loop, stdin, self._stdin, self._stop_input, self._closed)]
         self.loop.run()
@@ -215,6 +216,13 @@ class Agent:
         task = self._starting
         self._stop_starting()
         self._lanes[0].answer(self._started(task))
+
+    def _abandon_start(self) -> None:
+        """Nobody will know the number of a command whose start was not answered: end it."""
+        if self._starting is not None:
+            self.table.signal(self._starting, signal.SIGKILL, "abandoned")
+            self.table.abandoned.add(self._starting.id)
+            self._stop_starting()
 
     def _stop_starting(self) -> None:
         self._starting = None

@@ -58,9 +58,16 @@ def start(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int,
             pid = how(argv, env, cwd, stdio, account)
     except OSError as error:
         raise _cause(argv[0], cwd, error) from error
+    # The hard limits, which the job could not raise, are set from outside: we could not raise our
+    # own again everywhere.
+    if limits.file_bytes is not None:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limits.file_bytes,) * 2)
     if limits.cpu_seconds is not None:
         with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(pid, resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
+            # SIGXCPU at the limit, SIGKILL a second later for one that ignores it.
+            resource.prlimit(pid, resource.RLIMIT_CPU,
+                             (limits.cpu_seconds, limits.cpu_seconds + 1))
     return pid
 
 
@@ -69,13 +76,13 @@ def _spawn(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int
     """By posix_spawn, which is a vfork: the agent itself is the user, and in ``cwd``, meanwhile."""
     actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
     # The C library looks for it in our PATH, which is nearly always the task's as well.
-    search = os.posix_spawnp
-    program = argv[0]
-    if env.get("PATH") != os.environ.get("PATH"):
-        search, program = os.posix_spawn, _found(program, env)
+    ours = env.get("PATH") == os.environ.get("PATH")
     with _acting_as(account), contextlib.chdir(cwd):
-        return search(program, argv, env, file_actions=actions, setsid=True,
-                      setsigdef=DEFAULT_SIGNALS)
+        if ours:
+            return os.posix_spawnp(argv[0], argv, env, file_actions=actions, setsid=True,
+                                   setsigdef=DEFAULT_SIGNALS)
+        return os.posix_spawn(_found(argv[0], env), argv, env, file_actions=actions, setsid=True,
+                              setsigdef=DEFAULT_SIGNALS)
 
 
 def _fork(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],
@@ -112,9 +119,9 @@ def _inside(cgroup: str | None) -> Iterator[None]:
         return
     home = os.path.dirname(os.path.dirname(cgroup))
     killable, back = _kept("/proc/self/oom_score_adj"), _kept(home + "/cgroup.procs")
-    os.pwrite(killable, b"0", 0)
-    write_file(cgroup + "/cgroup.procs", "0")
     try:
+        os.pwrite(killable, b"0", 0)
+        write_file(cgroup + "/cgroup.procs", "0")
         yield
     finally:
         os.pwrite(back, b"0", 0)
@@ -153,12 +160,12 @@ def _file_limit(size: int | None) -> Iterator[None]:
     if size is None:
         yield
         return
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _cause(program: str, cwd: str, error: OSError) -> CannotStart:

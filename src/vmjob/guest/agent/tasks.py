@@ -65,6 +65,8 @@ class TaskTable:
         self.tasks: dict[int, Task] = {}
         #: Grows with each task that is started.
         self.epoch = 0
+        #: Tasks whose number the host never learned; they are forgotten when they end.
+        self.abandoned: set[int] = set()
         self._prepared: str | None = None
         self._loop = loop
         self._changed = changed
@@ -207,7 +209,11 @@ class TaskTable:
         if self.place.cgroup and self._prepared is None:
             path = f"{self.place.cgroup}/{self.epoch + 1}"
             os.mkdir(path)
-            write_file(path + "/pids.max", str(DEFAULT_PROCESSES))
+            try:
+                write_file(path + "/pids.max", str(DEFAULT_PROCESSES))
+            except OSError:
+                os.rmdir(path)
+                raise
             self._prepared = path
 
     def _prepare_ahead(self) -> None:
@@ -219,10 +225,14 @@ class TaskTable:
         path, self._prepared = self._prepared, None
         if path is None:
             return None
-        if limits.get("processes"):
-            write_file(path + "/pids.max", str(limits["processes"]))
-        if limits.get("memory_bytes"):
-            write_file(path + "/memory.max", str(limits["memory_bytes"]))
+        try:
+            if limits.get("processes"):
+                write_file(path + "/pids.max", str(limits["processes"]))
+            if limits.get("memory_bytes"):
+                write_file(path + "/memory.max", str(limits["memory_bytes"]))
+        except OSError:
+            os.rmdir(path)  # half set, it must not be anybody's
+            raise
         return path
 
     def _remove_cgroup(self, task: Task) -> None:
@@ -319,11 +329,22 @@ class TaskTable:
             self._loop.later(("cgroup", task.id), CLEAN_PERIOD, lambda: self._remove_cgroup(task))
         if task.ended_by is None and facts["oom_kills"] and task.exit["signal"] == signal.SIGKILL:
             task.ended_by = "out-of-memory"
-        if task.ended_by is None and task.exit["signal"] == signal.SIGXCPU:
+        if task.ended_by is None and self._spent(task, facts["cpu_seconds"]):
             task.ended_by = "cpu-limit"
         task.end = {**task.exit, **facts, "ended_by": task.ended_by}
         self._changed()
+        if task.id in self.abandoned:
+            self.abandoned.discard(task.id)
+            self.forget(task)
         self._loop.later("prepare", 0, self._prepare_ahead)
+
+    def _spent(self, task: Task, cpu_seconds: float | None) -> bool:
+        """Whether the kernel ended a task because it had used its CPU time."""
+        assert task.exit is not None
+        if task.exit["signal"] == signal.SIGXCPU:
+            return True
+        return (task.exit["signal"] == signal.SIGKILL and task.cpu_seconds is not None
+                and cpu_seconds is not None and cpu_seconds >= task.cpu_seconds)
 
     def _enforce_cpu(self, task: Task) -> None:
         if task.exit is None and task.cgroup and task.cpu_seconds:

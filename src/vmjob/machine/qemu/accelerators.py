@@ -178,6 +178,6 @@ def _remember(path: Path, ground: str, proof: Proof) -> None:
 
 
 def _write(path: Path, content: dict[str, object]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(path)

@@ -197,9 +197,13 @@ class QemuMachine:
         except OSError as error:
             raise HostDiskFull(f"cannot freeze the machine: {error.strerror}") from error
         self._asked_to_end = True
-        await monitor.execute("quit")  # not killed: the disk's tables are still to be written
-        with anyio.fail_after(KILL_DEADLINE):
-            await self.ended()
+        with contextlib.suppress(MachineError):  # it may close the connection before it answers
+            await monitor.execute("quit")  # not killed: the disk's tables are still to be written
+        try:
+            with anyio.fail_after(KILL_DEADLINE):
+                await self.ended()
+        except TimeoutError:
+            raise MachineError("QEMU did not end after it wrote the machine's state") from None
         await anyio.to_thread.run_sync(frozen.dig_holes, self.spec.directory / frozen.MEMORY)
         await anyio.to_thread.run_sync(frozen.make_disk, self.spec.directory / frozen.BLANK,
                                        self.spec.disk_gb)
