@@ -358,7 +358,8 @@ async def test_a_start_that_nobody_waited_for_leaves_no_process(client: AgentCli
         await client.start(["sh", "-c", "trap '' TERM; exec sleep 1000"], wait=5.0)
     await run(client, "true")
     with anyio.fail_after(10):
-        while any(task["end"] is None for task in await tasks_of(client)):
+        while any(task["end"] is None  # noqa: ASYNC110 - it is announced to nobody
+                  for task in await tasks_of(client)):
             await anyio.sleep(0.01)
 
 
