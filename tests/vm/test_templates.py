@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +94,17 @@ async def test_the_clock_of_a_copy_is_right_and_runs(copied) -> None:  # type: i
         monotonic, wall = map(float, (await text_of(session, "python3", "-c", script)).split())
         assert 0.5 <= monotonic < 5
         assert abs(wall - monotonic) < 0.1
+
+
+async def test_a_copy_takes_the_clock_of_the_host_whatever_it_was_before(
+        copied, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    month = 30 * 86400
+    for moved in (month, -month):
+        clock = SimpleNamespace(time=lambda moved=moved: time.time() + moved)
+        monkeypatch.setattr("vmjob.guest.client.time", clock)
+        async with copied() as session:
+            said = float((await session.client.ping())["time"])
+            assert abs(said - (time.time() + moved)) < 5
 
 
 async def test_a_name_resolves_in_a_copy(copied) -> None:  # type: ignore[no-untyped-def]

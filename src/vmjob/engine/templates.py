@@ -26,7 +26,7 @@ import msgspec
 
 from vmjob.errors import TemplateUnusable, UsageError
 from vmjob.guest.client import Hello
-from vmjob.home import Home, remove_tree
+from vmjob.home import Home, fsync, remove_tree
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, MachineSpec
 
@@ -219,10 +219,10 @@ class TemplateStore:
         (beside / MANIFEST).write_bytes(_sealed(manifest))
         (beside / LOCK).touch(mode=0o600)
         for path in (*beside.iterdir(), beside):
-            _fsync(path)
+            fsync(path)
         self.remove(key)
         beside.rename(self._home.templates / key)
-        _fsync(self._home.templates)
+        fsync(self._home.templates)
         self.evict(key)
 
     def remove(self, key: str) -> bool:
@@ -353,11 +353,3 @@ def _is_at(fd: int, path: Path) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(fd), path.stat())
     return False
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmjob.errors import ImageBuildFailed, ImageCorrupt, ImageMissing, ImageOutdated
 from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
-from vmjob.home import Home, locked, remove_tree
+from vmjob.home import Home, fsync, locked, remove_tree
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.image import manifest
 from vmjob.image.manifest import Manifest
@@ -184,13 +183,13 @@ class ImageStore:
             beside.mkdir(mode=0o755)
             made = build(recipe, beside, progress)
             for path in beside.iterdir():
-                _fsync(path)
-            _fsync(beside)
+                fsync(path)
+            fsync(beside)
             # The old one is only moved aside until the new one is in place.
             if target.exists():
                 target.rename(aside)
             beside.rename(target)
-            _fsync(self._home.images)
+            fsync(self._home.images)
             remove_tree(aside)
         except OSError as error:
             remove_tree(beside)
@@ -215,11 +214,3 @@ def _seal(image: Image) -> dict[str, object]:
     except OSError as error:
         raise ImageCorrupt(f"image {image.name!r}: {error.filename} cannot be read: "
                            f"{error.strerror}", image=image.name) from error
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -223,6 +223,18 @@ async def test_without_room_for_a_template_none_is_begun(home: Home, shape: Mach
     assert "no room" in session.cold_because
 
 
+async def test_a_clock_of_the_host_that_was_moved_changes_nothing(
+        home: Home, shape: MachineSpec, store: TemplateStore,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    await use(home, shape)
+    made = only(store).manifest.created
+    for moved in (-1e8, 1e8):
+        monkeypatch.setattr(templates.time, "time", lambda moved=moved: made + moved)
+        session = await use(home, shape)
+        assert session.cold_because is None
+        assert only(store).manifest.created == made
+
+
 # -- eviction ------------------------------------------------------------------------------------
 
 
@@ -317,7 +329,7 @@ KILLED = """
         return stepped
 
     for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_bytes"), (Path, "touch"),
-                        (templates, "_fsync"), (templates, "digest"),
+                        (templates, "fsync"), (templates, "digest"),
                         (templates, "write_seal"), (os, "utime")):
         setattr(owner, name, step(getattr(owner, name)))
 
