@@ -131,10 +131,6 @@ def science_image(image_home: Home) -> Image:
     return store.current(recipe) or store.build(recipe, lambda fraction, text: None)
 
 
-def boot_parts(image: Image) -> BootParts:
-    return BootParts.of(image)
-
-
 @pytest.fixture
 def vm_home(home: Home, default_image: Image) -> Home:
     """A home of the test's own with the session's default image in it, by links to its parts."""
@@ -155,7 +151,7 @@ def lend(image: Image, home: Home) -> None:
 
 @pytest.fixture
 def vm_shape(vm_home: Home, default_image: Image) -> MachineSpec:
-    return MachineSpec(id="", directory=vm_home.root, boot=boot_parts(default_image),
+    return MachineSpec(id="", directory=vm_home.root, boot=BootParts.of(default_image),
                        memory_mb=256, accelerator="tcg")
 
 

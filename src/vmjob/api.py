@@ -407,6 +407,10 @@ class Machine:
         """See `AsyncMachine.status`."""
         return self._call(self._machine.status)
 
+    def ended(self) -> str:
+        """See `AsyncMachine.ended`."""
+        return self._call(self._machine.ended)
+
     def facts(self) -> dict[str, Any]:
         """See `AsyncMachine.facts`."""
         return self._call(self._machine.facts)

@@ -17,7 +17,7 @@ import anyio
 import psutil
 import pytest
 
-from tests.conftest import boot_parts, eventually, lend, open_descriptors
+from tests.conftest import eventually, lend, open_descriptors
 from vmjob.errors import (
     AgentLost,
     GuestRefused,
@@ -28,7 +28,7 @@ from vmjob.errors import (
 )
 from vmjob.guest.client import AgentClient, Identity
 from vmjob.home import Home
-from vmjob.machine.contract import Driver, EndReason, Machine, MachineSpec, Status
+from vmjob.machine.contract import BootParts, Driver, EndReason, Machine, MachineSpec, Status
 from vmjob.machine.fake import FakeDriver
 from vmjob.machine.qemu.driver import QemuDriver
 
@@ -51,7 +51,7 @@ def spec(driver: Driver, home: Home, request: pytest.FixtureRequest) -> MachineS
         return MachineSpec(id="m1", directory=directory, boot=None)
     image = request.getfixturevalue("default_image")
     lend(image, home)
-    return MachineSpec(id="m1", directory=directory, boot=boot_parts(image), memory_mb=256,
+    return MachineSpec(id="m1", directory=directory, boot=BootParts.of(image), memory_mb=256,
                        accelerator="tcg")
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import anyio
 
-from vmjob.engine.freezing import lease
+from vmjob.engine import freezing
 from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.starting import boot, explain, thaw
-from vmjob.engine.templates import Lease, Template, TemplateStore
+from vmjob.engine.templates import Lease, TemplateStore
 from vmjob.errors import (
     AgentLost,
     AgentProtocol,
@@ -24,7 +24,6 @@ from vmjob.errors import (
     GuestError,
     HostDiskFull,
     MachineError,
-    TemplateUnusable,
     VmjobError,
 )
 from vmjob.guest.client import AgentClient, Hello
@@ -45,9 +44,8 @@ class Session:
         self.machine = machine
         self.client = client
         self.hello = hello
-        #: ``time.monotonic()`` when the machine was powered on, and when its agent answered.
+        #: ``time.monotonic()`` when the machine was powered on.
         self.started = started
-        self.ready = time.monotonic()
         #: Set by who runs a job whose own result was a failure: its logs are kept as well.
         self.failed = False
         #: Why the machine was booted although it should have been a copy; None where it was not.
@@ -82,7 +80,7 @@ async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: 
         session = why = None
         if not cold and driver.capabilities.templates:
             try:
-                template = await lease(home, driver, shape, on_phase)
+                template = await freezing.lease(home, driver, shape, on_phase)
                 stack.callback(template.close)
                 session = await _copy(stack, home, driver, shape, template, on_phase, keep)
             except (MachineError, GuestError, HostDiskFull) as error:
@@ -97,26 +95,20 @@ async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: 
 async def _copy(stack: contextlib.AsyncExitStack, home: Home, driver: Driver, shape: MachineSpec,
                 template: Lease, on_phase: Callable[[str], None], keep: Path | None) -> Session:
     """A copy of a template; if it fails, or the files changed meanwhile, nobody else gets it."""
-    machine = _machine(home, driver, shape, on_phase, keep, template.template)
     try:
-        session = await machine.__aenter__()
-        try:
-            template.check()
-        except TemplateUnusable as error:
-            await machine.__aexit__(type(error), error, error.__traceback__)
-            raise
+        return await stack.enter_async_context(
+            _machine(home, driver, shape, on_phase, keep, template))
     except (MachineError, GuestError):
         TemplateStore(home).condemn(template.template.key)
         raise
-    stack.push_async_exit(machine)
-    return session
 
 
 @contextlib.asynccontextmanager
 async def _machine(home: Home, driver: Driver, shape: MachineSpec,
                    on_phase: Callable[[str], None], keep: Path | None,
-                   template: Template | None = None) -> AsyncIterator[Session]:
+                   lease: Lease | None = None) -> AsyncIterator[Session]:
     """A machine that boots, or is a copy of a template."""
+    template = lease.template if lease else None
     with claim(home) as (name, directory):
         spec = replace(shape, id=name, directory=directory,
                        template=template.directory if template else None)
@@ -132,6 +124,8 @@ async def _machine(home: Home, driver: Driver, shape: MachineSpec,
                 else:
                     client, hello = await boot(driver, machine)
                 try:
+                    if lease:
+                        lease.check()
                     session = Session(machine, client, hello, started)
                     yield session
                 finally:

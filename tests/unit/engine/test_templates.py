@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import open_descriptors
 from vmjob.engine import freezing, templates
 from vmjob.engine.session import Session, open_session
 from vmjob.engine.templates import Template, TemplateStore, key_of
@@ -97,7 +98,7 @@ async def test_more_who_wait_than_there_are_threads_do_not_hold_each_other_up(
 async def test_a_cancelled_wait_for_a_template_leaves_no_lock_and_no_descriptor(
         home: Home, shape: MachineSpec, store: TemplateStore) -> None:
     await use(home, shape)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     for turns in range(12):
         waiting = asyncio.ensure_future(
             freezing.lease(home, FakeDriver(), shape, lambda phase: None))
@@ -106,7 +107,7 @@ async def test_a_cancelled_wait_for_a_template_leaves_no_lock_and_no_descriptor(
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             (await waiting).close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
     assert store.remove(only(store).key)
 
 
@@ -298,11 +299,11 @@ def test_the_cap_is_a_number_of_mebibytes(monkeypatch: pytest.MonkeyPatch) -> No
 
 async def test_leases_leave_no_descriptor_open(home: Home, shape: MachineSpec) -> None:
     await use(home, shape)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     async with AsyncExitStack() as stack:
         for _ in range(3):
             await stack.enter_async_context(open_session(home, FakeDriver(), shape))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
 
 
 # -- power ---------------------------------------------------------------------------------------
