@@ -144,8 +144,8 @@ async def test_copies_of_a_frozen_machine_answer_side_by_side(driver: Driver, sp
     finally:
         client.close()
     assert machine.get_status() is Status.STOPPED
-    template = home.templates / "t"
-    template.mkdir(parents=True)
+    template = home.root / "frozen"
+    template.mkdir()
     for name in files:
         (spec.directory / name).rename(template / name)
     kept = {name: (template / name).read_bytes()[:1 << 20] for name in files}
