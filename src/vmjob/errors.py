@@ -186,6 +186,19 @@ class TemplateUnusable(MachineError):
     standing_advice = "Run it again; `vmjob clean --templates` removes all frozen machines."
 
 
+class CheckpointFailed(MachineError):
+    """The machine goes on, and earlier checkpoints stay good."""
+
+    code = "checkpoint-failed"
+    retryable = True
+    standing_advice = "The job goes on; the next checkpoint is tried as usual."
+
+
+class CheckpointUnusable(MachineError):
+    code = "checkpoint-unusable"
+    standing_advice = "The checkpoint before it is used, or else the job begins anew."
+
+
 class BootTimeout(MachineError):
     code = "boot-timeout"
     standing_advice = "The computer may be overloaded: try again, or give it more time."

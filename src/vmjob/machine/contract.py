@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from vmjob.image.store import Image
 
-__all__ = ["BootParts", "Capabilities", "Driver", "Ended", "EndReason", "Machine", "MachineSpec",
-           "TEMPLATE_DISK_GB", "Status"]
+__all__ = ["BootParts", "Capabilities", "Checkpoint", "Driver", "Ended", "EndReason", "Machine",
+           "MachineSpec", "Priority", "Saved", "Status", "TEMPLATE_DISK_GB"]
 
 
 #: Largest disk of a template's machine, GiB. A copy that is to have a larger one is grown by its
@@ -99,6 +99,37 @@ class BootParts:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What `Machine.checkpoint` has made.
+
+    ``files``: the names of all files in the checkpoint directory that it needs, new ones and ones
+    of earlier checkpoints; none of them is ever changed again. ``state``: what `Saved.state` is to
+    be, JSON-compatible. ``still_seconds``: how long the guest stood still. ``written_bytes``: of
+    new files, those that the machine's own disk writes filled not counted.
+    """
+
+    files: tuple[str, ...]
+    state: dict[str, Any]
+    still_seconds: float
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to start from: its directory and its `Checkpoint.state`."""
+
+    directory: Path
+    state: Mapping[str, Any]
+
+
+class Priority(enum.StrEnum):
+    """How much of a busy computer a machine may take from others."""
+
+    LOW = "low"  # what nobody else wants
+    NORMAL = "normal"  # as much as any program
+
+
+@dataclass(frozen=True)
 class MachineSpec:
     """What a machine is to be.
 
@@ -110,7 +141,8 @@ class MachineSpec:
     everywhere) or a model that the hypervisor knows.
 
     ``template``: the directory of a frozen machine of which this one is a copy. ``freezable``: it
-    is to become such a template itself (see `Machine.freeze`).
+    is to become such a template itself (see `Machine.freeze`). ``saved``: it continues from there;
+    ``boot`` is then not needed.
     """
 
     id: str
@@ -124,6 +156,8 @@ class MachineSpec:
     cpu_model: str = "host"
     template: Path | None = None
     freezable: bool = False
+    saved: Saved | None = None
+    priority: Priority = Priority.LOW
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -137,7 +171,8 @@ class Machine(Protocol):
         """Begin to run; returns the host's end of each lane (the caller closes them).
 
         Returns when the machine has *begun*; it is ready when the agent answers. Raises
-        `MachineStartFailed`, `ProgramMissing`, `QemuTooOld`, `HostDiskFull`.
+        `MachineStartFailed`, `ProgramMissing`, `QemuTooOld`, `HostDiskFull`, `TemplateUnusable`,
+        `CheckpointUnusable`.
         """
         ...
 
@@ -149,12 +184,23 @@ class Machine(Protocol):
         """Go on after `suspend`. A machine that runs is left alone."""
         ...
 
-    async def checkpoint(self, name: str) -> None:
-        """Keep memory, devices and disk as ``name`` and go on; `NotSupported` where not."""
+    async def checkpoint(self, directory: Path, name: str,
+                         while_still: Callable[[], None]) -> Checkpoint:
+        """Keep memory, devices and disk as they are at one instant, and go on.
+
+        ``directory`` is the same for all checkpoints of a machine and of those that continue from
+        them, on the same file system as the machine's own; ``name`` is new and begins the names of
+        all new files. ``while_still`` is called at that instant, while the guest stands still; what
+        the caller notes then belongs to the checkpoint. New files are complete when this returns,
+        but not yet safe on the disk. A suspended machine stays suspended.
+
+        When it fails, the machine goes on and earlier checkpoints stay good. Raises
+        `CheckpointFailed`, `HostDiskFull`; `NotSupported` where there are none.
+        """
         ...
 
-    async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
-        """Start from a checkpoint instead of from the image; `NotSupported` where not."""
+    async def set_priority(self, priority: Priority) -> None:
+        """Change how much of a busy computer the machine may take; not kept by a checkpoint."""
         ...
 
     async def freeze(self) -> list[str]:
@@ -201,9 +247,9 @@ class Driver(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     async def create(self, spec: MachineSpec) -> Machine:
-        """Make a machine from an image or a template; nothing runs yet.
+        """Make a machine from an image, a template or a checkpoint; nothing runs yet.
 
-        Raises as `Machine.start` does, and `TemplateUnusable`.
+        Raises as `Machine.start` does.
         """
         ...
 

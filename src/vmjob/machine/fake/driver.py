@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ from vmjob.errors import (
 )
 from vmjob.guest.agent.wire import LANES
 from vmjob.host.guard import guarded
-from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec, Status
+from vmjob.machine.contract import (
+    Capabilities,
+    Checkpoint,
+    Ended,
+    EndReason,
+    MachineSpec,
+    Priority,
+    Status,
+)
 from vmjob.machine.fake.faults import Faults
 
 __all__ = ["FakeDriver", "FakeMachine"]
@@ -117,11 +125,12 @@ class FakeMachine:
         self._signal_all(signal.SIGCONT)
         self._status = Status.RUNNING
 
-    async def checkpoint(self, name: str) -> None:
+    async def checkpoint(self, directory: Path, name: str,
+                         while_still: Callable[[], None]) -> Checkpoint:
         raise NotSupported("the fake driver makes no checkpoints")
 
-    async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
-        raise NotSupported("the fake driver makes no checkpoints")
+    async def set_priority(self, priority: Priority) -> None:
+        self._require_running()
 
     async def freeze(self) -> list[str]:
         if not self.spec.freezable:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,29 @@ from typing import Any
 import anyio
 
 from vmjob.errors import (
+    CheckpointUnusable,
     HostDiskFull,
     MachineError,
     MachineStartFailed,
-    NotSupported,
     TemplateUnusable,
     WrongState,
 )
 from vmjob.guest.agent.wire import LANES
 from vmjob.host.facts import processor
 from vmjob.host.guard import guarded
+from vmjob.host.priority import set_processor_priority
 from vmjob.machine.contract import (
     TEMPLATE_DISK_GB,
     BootParts,
     Capabilities,
+    Checkpoint,
     Ended,
     EndReason,
     MachineSpec,
+    Priority,
     Status,
 )
-from vmjob.machine.qemu import argv, frozen, programs
+from vmjob.machine.qemu import argv, frozen, programs, saving
 from vmjob.machine.qemu.console import Console
 from vmjob.machine.qemu.monitor import Monitor
 
@@ -52,6 +55,8 @@ __all__ = ["QemuDriver", "QemuMachine"]
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 #: Seconds from SIGKILL until a process must be gone.
 KILL_DEADLINE = 30.0
+#: Seconds for loading a checkpoint: as fast as the disk reads, up to the machine's whole memory.
+RESTORE_DEADLINE = 600.0
 #: Bytes of QEMU's own messages that are shown.
 STDERR_SHOWN = 2000
 
@@ -60,12 +65,16 @@ class QemuDriver:
     """Makes machines that are QEMU processes."""
 
     name = "qemu"
-    capabilities = Capabilities(suspend=True, checkpoint=False,
+    capabilities = Capabilities(suspend=True, checkpoint=True,
                                 networks=frozenset({"none", "nat"}), console=True, templates=True,
                                 isolated=True)
 
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
+        if spec.saved is not None:
+            root, base = saving.boot_parts(spec.saved)
+            nowhere = Path("/")
+            spec = replace(spec, template=None, boot=BootParts("", nowhere, nowhere, root, base))
         if spec.boot is None:
             raise WrongState("a QEMU machine needs an image")
         machine = QemuMachine(spec)
@@ -79,7 +88,8 @@ class QemuDriver:
         """The program, its command line without what differs from machine to machine, the CPU."""
         binary = programs.find(programs.system_binary())
         nowhere = Path("/")
-        shape = replace(spec, id="", directory=nowhere, template=None, freezable=False, disk_gb=0,
+        shape = replace(spec, id="", directory=nowhere, template=None, saved=None, freezable=False,
+                        disk_gb=0,
                         boot=BootParts("", nowhere, nowhere, nowhere, nowhere))
         none = argv.Descriptors(-1, -1, dict.fromkeys(LANES, -1))
         found = {"argv": argv.command_line(binary, shape, nowhere, none),
@@ -109,6 +119,7 @@ class QemuMachine:
         self._console: Console | None = None
         self._asked_to_end = False
         self._ended: asyncio.Task[Ended] | None = None
+        self._saver = saving.Saver(spec, self.overlay)
 
     # -- the contract --------------------------------------------------------------------------
 
@@ -116,13 +127,16 @@ class QemuMachine:
         if self._status is not Status.CREATED:
             raise WrongState(f"the machine is {self._status}, not created")
         with contextlib.ExitStack() as files:
-            template = None
-            if self.spec.template is not None:
-                template = files.enter_context(
+            source: frozen.Opened | saving.Opened | None = None
+            if self.spec.saved is not None:
+                source = files.enter_context(saving.opened(self.spec.saved, self.spec.memory_mb))
+            elif self.spec.template is not None:
+                source = files.enter_context(
                     frozen.opened(self.spec.template, self.spec.memory_mb))
-            return await self._start(template)
+            return await self._start(source)
 
-    async def _start(self, template: frozen.Opened | None) -> Mapping[str, socket.socket]:
+    async def _start(self, source: frozen.Opened | saving.Opened | None,
+                     ) -> Mapping[str, socket.socket]:
         binary = programs.find(programs.system_binary())
         ours: dict[str, socket.socket] = {}
         theirs: dict[str, socket.socket] = {}
@@ -131,11 +145,13 @@ class QemuMachine:
         try:
             fds = argv.Descriptors(theirs["monitor"].fileno(), theirs["console"].fileno(),
                                    {name: theirs[name].fileno() for name in LANES},
-                                   template.memory if template else None,
-                                   template.overlay if template else None)
+                                   source.memory if source else None,
+                                   source.layers if source else ())
             inherited = [sock.fileno() for sock in theirs.values()]
-            if template:
-                inherited += [template.memory, template.devices, template.overlay]
+            if source:
+                inherited += [fd for fd in (source.memory, *source.layers) if fd is not None]
+            if isinstance(source, frozen.Opened):
+                inherited.append(source.devices)
             command = argv.command_line(binary, self.spec, self.overlay, fds)
             self._keep("argv.json", json.dumps(command, indent=1))
             await self._spawn(command, inherited)
@@ -154,14 +170,19 @@ class QemuMachine:
         lanes = {name: ours[name] for name in LANES}
         try:
             await self._monitor.connect(ours["monitor"])
-            if template:
-                await self._thaw(template)
+            if isinstance(source, frozen.Opened):
+                await self._thaw(source)
+            elif source:
+                await self._restore(source)
+            await self.set_priority(self.spec.priority)
         except Exception as error:
             for sock in lanes.values():
                 sock.close()
             await self.stop()
             programs.version(binary)  # raises when that is what is wrong
-            kind = TemplateUnusable if template else MachineStartFailed
+            kind: type[MachineError] = MachineStartFailed
+            if source:
+                kind = TemplateUnusable if isinstance(source, frozen.Opened) else CheckpointUnusable
             raise kind(f"QEMU did not start: {self._messages() or error}",
                        **self.facts()) from error
         except BaseException:
@@ -179,6 +200,45 @@ class QemuMachine:
         if self.spec.disk_gb > TEMPLATE_DISK_GB:
             await self._monitor.execute("block_resize", **{
                 "node-name": argv.DISK, "size": self.spec.disk_gb << 30})
+
+    async def _restore(self, saved: saving.Opened) -> None:
+        """Load a checkpoint's state into the waiting QEMU; returns when the guest runs."""
+        monitor = self._monitor
+        assert monitor is not None
+        ours, theirs = socket.socketpair()
+        feeding = asyncio.ensure_future(
+            anyio.to_thread.run_sync(saving.feed, ours, saved.stream))
+        try:
+            with theirs:
+                await monitor.execute("migrate-set-capabilities", capabilities=[
+                    {"capability": "events", "state": True}])
+                await monitor.pass_descriptor("checkpoint", theirs.fileno())
+            await monitor.execute("migrate-incoming", uri="fd:checkpoint")
+            await self._before_its_end(self._loaded(monitor))
+            await feeding
+        except BaseException:
+            self._kill()  # it takes what is fed no more: so the feeding ends, too
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([feeding])
+            if not feeding.cancelled() and (error := feeding.exception()):
+                raise error from None
+            raise
+        await monitor.execute("cont")
+
+    async def _loaded(self, monitor: Monitor) -> None:
+        if not await monitor.migration_reaches("completed", RESTORE_DEADLINE):
+            raise MachineError("QEMU did not load the machine's state in time")
+
+    async def checkpoint(self, directory: Path, name: str,
+                         while_still: Callable[[], None]) -> Checkpoint:
+        suspended = self._status is Status.SUSPENDED
+        return await self._saver.take(self._running_monitor(), directory, name, while_still,
+                                      suspended=suspended)
+
+    async def set_priority(self, priority: Priority) -> None:
+        processors = await self._running_monitor().execute("query-cpus-fast")
+        set_processor_priority([int(each["thread-id"]) for each in processors],
+                               low=priority is Priority.LOW)
 
     async def freeze(self) -> list[str]:
         if not self.spec.freezable:
@@ -220,12 +280,6 @@ class QemuMachine:
             return
         await self._running_monitor().execute("cont")
         self._status = Status.RUNNING
-
-    async def checkpoint(self, name: str) -> None:
-        raise NotSupported("the QEMU driver does not make checkpoints yet")
-
-    async def continue_from(self, name: str) -> Mapping[str, socket.socket]:
-        raise NotSupported("the QEMU driver does not make checkpoints yet")
 
     async def stop(self) -> None:
         if self._process is None or self._ended is None:

@@ -42,7 +42,7 @@ class Opened:
 
     memory: int
     devices: int
-    overlay: int
+    layers: tuple[int, ...]
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def opened(template: Path, memory_mb: int) -> Iterator[Opened]:
             stack.callback(os.close, fd)
             return fd
 
-        found = Opened(take(MEMORY), take(DEVICES), take(OVERLAY))
+        found = Opened(take(MEMORY), take(DEVICES), (take(OVERLAY),))
         if os.fstat(found.memory).st_size != memory_mb << 20:
             raise TemplateUnusable("a template's memory has another size than its machine's")
         yield found

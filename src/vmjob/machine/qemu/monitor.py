@@ -44,6 +44,12 @@ class Monitor:
         self.out_of_space = False
         self._on_no_space = on_no_space
         self._resumed = asyncio.Event()
+        #: How far the writing or loading of the machine's state is, in QEMU's words.
+        self._migration = "none"
+        self._migration_moved = asyncio.Event()
+        #: When the guest was last stopped and let go on: seconds by this computer's clock, told by
+        #: QEMU itself.
+        self.stopped_at = self.resumed_at = 0.0
         # A connection that fails is disconnected by the client itself, which does not bear a second
         # one who does the same.
         self._connecting = anyio.Lock()
@@ -66,7 +72,13 @@ class Monitor:
             data: dict[str, Any] = event.get("data", {})
             self._note("event", event)
             if event.get("event") == "RESUME":
+                self.resumed_at = _when(event)
                 self._resumed.set()
+            elif event.get("event") == "STOP":
+                self.stopped_at = _when(event)
+            elif event.get("event") == "MIGRATION":
+                self._migration = str(data.get("status"))
+                self._migration_moved.set()
             elif event.get("event") == "SHUTDOWN":
                 self.shutdown_reason = str(data.get("reason"))
             elif event.get("event") == "BLOCK_IO_ERROR" and data.get("nospace"):
@@ -91,6 +103,25 @@ class Monitor:
                 await anyio.sleep(MIGRATION_PERIOD)
             return
         raise MachineError("QEMU did not write the machine's state in time")
+
+    async def migration_reaches(self, status: str, deadline: float) -> bool:
+        """Wait until the migration is that far, or over; false after ``deadline`` seconds.
+
+        Needs QEMU's capability ``events``. Raises `MachineError` when it fails.
+        """
+        with anyio.move_on_after(deadline):
+            while self._migration not in (status, "completed"):
+                if self._migration in ("failed", "cancelled"):
+                    raise MachineError(f"QEMU could not move the machine's state: "
+                                       f"{self._migration}")
+                self._migration_moved.clear()
+                await self._migration_moved.wait()
+            return True
+        return False
+
+    def forget_migration(self) -> None:
+        """Another one is about to begin."""
+        self._migration = "none"
 
     def version(self) -> str | None:
         """QEMU's version as it said in its greeting: ``7.2.22``."""
@@ -135,3 +166,8 @@ class Monitor:
 
     def _note(self, kind: str, content: dict[str, Any]) -> None:
         self.transcript.append({"at": round(time.time(), 3), kind: content})
+
+
+def _when(event: dict[str, Any]) -> float:
+    stamp = event.get("timestamp", {})
+    return float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6

@@ -1,0 +1,389 @@
+"""Checkpoints of a QEMU machine: taken while it runs, and opened again.
+
+    root, base, memory, layer0...   of the image and the template: links, or copies where the
+                                    checkpoint is on another file system
+    NAME.pages, NAME.index          memory (see `pages`)
+    NAME.devices                    the state of all devices
+    NAME.disk, NAME-M.merged        layers of the machine's disk: one per checkpoint; several
+                                    become one when there are many
+
+The guest runs while its memory is written and stands still for the last changed pages, the devices
+and the change to a new layer of its disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from vmjob.errors import CheckpointFailed, CheckpointUnusable, HostDiskFull, MachineError
+from vmjob.host.priority import lower_disk_priority
+from vmjob.machine.contract import Checkpoint, MachineSpec, Saved
+from vmjob.machine.qemu import argv, frozen
+from vmjob.machine.qemu.monitor import Monitor
+from vmjob.machine.qemu.pages import PageTable, PageWriter, read_index
+from vmjob.machine.qemu.stream import Block, Reader, StreamError, write
+
+__all__ = ["Opened", "Saver", "opened"]
+
+#: Raise this when a checkpoint cannot be read by an older vmjob.
+FORMAT = 1
+#: Seconds in which memory that keeps changing must have been caught up with; then the guest is
+#: stopped for as long as it takes.
+CATCH_UP = 10.0
+#: Seconds for what is left when the guest stands still.
+FINISH = 60.0
+#: What QEMU may write in a second, bytes: it is the reader that is slow.
+BANDWIDTH = 1 << 40
+#: Milliseconds for which the guest may stand still for the last changed pages.
+DOWNTIME = 5
+#: Bytes of the socket's buffer, and read at once.
+BUFFER = 4 << 20
+#: Seconds between two attempts to let the guest go on while QEMU clears up.
+CLEAR_UP = 0.001
+#: Layers of the disk that checkpoints add before they are merged.
+MAX_LAYERS = 8
+#: Seconds for merging layers before it is given up, to be tried after the next checkpoint.
+MERGE_DEADLINE = 600.0
+
+CAPABILITIES = [{"capability": "x-ignore-shared", "state": False},
+                {"capability": "pause-before-switchover", "state": True},
+                {"capability": "events", "state": True}]
+
+
+class _Devices(msgspec.Struct, frozen=True):
+    """On disk: what is before and behind the pages of a stream."""
+
+    head: bytes
+    section: bytes
+    tail: bytes
+
+
+class _State(msgspec.Struct):
+    """`Checkpoint.state`: names in the checkpoint directory; layers lowest first."""
+
+    format: int
+    machine_type: str
+    root: str
+    base: str
+    memory: str | None
+    layers: list[str]
+    pages: list[str]
+    index: str
+    devices: str
+
+    def files(self) -> tuple[str, ...]:
+        fixed = [self.root, self.base, *([self.memory] if self.memory else [])]
+        return (*fixed, *self.layers, *self.pages, self.index, self.devices)
+
+
+class Saver:
+    """Takes the checkpoints of one machine, one at a time."""
+
+    def __init__(self, spec: MachineSpec, overlay: Path) -> None:
+        self._spec = spec
+        self._state: _State | None = None
+        self._table: PageTable | None = None
+        #: The node and file that the guest writes to; layers below it that are not in the
+        #: checkpoint directory yet.
+        self._active = (argv.DISK, overlay)
+        self._left: list[Path] = []
+        #: Node of each layer by name, while QEMU knows it.
+        self._nodes: dict[str, str] = {}
+        if spec.saved is not None:
+            self._state = _state(spec.saved)
+            self._table = read_index(spec.saved.directory / self._state.index)
+            self._nodes = {name: f"layer{n}" for n, name in enumerate(self._state.layers)}
+
+    async def take(self, monitor: Monitor, directory: Path, name: str,
+                   while_still: Callable[[], None], *, suspended: bool) -> Checkpoint:
+        """See `vmjob.machine.contract.Machine.checkpoint`."""
+        try:
+            base = self._state
+            if base is None:
+                base = await anyio.to_thread.run_sync(self._link_base, directory)
+            taking = _Taking(monitor, directory, name, self._table, base.memory)
+            disk = (f"disk-{name}", self._spec.directory / f"disk-{name}.qcow2")
+            await self._add_disk(monitor, *disk)
+            try:
+                await taking.catch_up()
+                await monitor.execute("blockdev-snapshot", node=self._active[0], overlay=disk[0])
+                self._left.append(self._active[1])
+                self._nodes[self._active[1].name], self._active = self._active[0], disk
+                while_still()
+                table, devices, machine_type = await taking.finish()
+            finally:
+                still = await taking.end(go_on=not suspended)
+                if self._active != disk:
+                    await _remove_disk(monitor, *disk)
+            keep = functools.partial(self._keep, directory, name, base, table, devices,
+                                     machine_type, still, taking.written_bytes)
+            return await anyio.to_thread.run_sync(keep)
+        except OSError as error:
+            raise _failed(error) from error
+
+    async def _add_disk(self, monitor: Monitor, node: str, path: Path) -> None:
+        await anyio.to_thread.run_sync(frozen.make_disk, path, self._spec.disk_gb)
+        for options in argv.layer(node, str(path), "qcow2", read_only=False):
+            await monitor.execute("blockdev-add", **options)
+
+    def _link_base(self, directory: Path) -> _State:
+        """What every checkpoint of this machine needs, in its directory."""
+        assert self._spec.boot is not None
+        _link(self._spec.boot.root, directory / "root")
+        _link(self._spec.boot.scratch, directory / "base")
+        memory, layers = None, []
+        if self._spec.template is not None:
+            memory, layers = "memory", ["layer0"]
+            _link(self._spec.template / frozen.MEMORY, directory / "memory")
+            _link(self._spec.template / frozen.OVERLAY, directory / "layer0")
+            self._nodes["layer0"] = "layer0"
+        return _State(FORMAT, "", "root", "base", memory, layers, [], "", "")
+
+    def _keep(self, directory: Path, name: str, base: _State, table: PageTable, devices: _Devices,
+              machine_type: str, still: float, written: int) -> Checkpoint:
+        """Write the rest, and make the last layers of the disk part of the checkpoint."""
+        lower_disk_priority()
+        index, state = directory / f"{name}.index", directory / f"{name}.devices"
+        table.write_index(index)
+        state.write_bytes(msgspec.msgpack.encode(devices))
+        layers = list(base.layers)
+        for number, path in enumerate(list(self._left)):
+            kept = f"{name}-{number}.disk" if number else f"{name}.disk"
+            path.rename(directory / kept)
+            self._left.remove(path)
+            self._nodes[kept] = self._nodes.pop(path.name)
+            layers.append(kept)
+            base = self._state = _replaced(base, layers=list(layers))
+        self._table = table
+        self._state = _replaced(base, machine_type=machine_type, layers=layers, pages=table.names(),
+                                index=index.name, devices=state.name)
+        written += index.stat().st_size + state.stat().st_size
+        return Checkpoint(self._state.files(), msgspec.to_builtins(self._state), still, written)
+
+
+class _Taking:
+    """One checkpoint's memory and devices, on their way from QEMU to the disk."""
+
+    def __init__(self, monitor: Monitor, directory: Path, name: str, table: PageTable | None,
+                 memory: str | None) -> None:
+        self._monitor = monitor
+        self._directory = directory
+        self._name = name
+        self._table = table.copy() if table else None
+        self._template = directory / memory if memory else None
+        self._writer: PageWriter | None = None
+        self._reader = Reader(self._begin)
+        self._reading: asyncio.Future[None] | None = None
+        self._before = monitor.stopped_at
+        self._finished = False
+
+    @property
+    def written_bytes(self) -> int:
+        return self._writer.written_bytes if self._writer else 0
+
+    async def catch_up(self) -> None:
+        """Write all memory while the guest runs; returns when it stands still."""
+        monitor = self._monitor
+        monitor.forget_migration()
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+        self._reading = asyncio.ensure_future(anyio.to_thread.run_sync(self._read, ours))
+        with theirs:
+            await monitor.execute("migrate-set-capabilities", capabilities=CAPABILITIES)
+            await monitor.execute("migrate-set-parameters", **{
+                "max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME})
+            await monitor.pass_descriptor("checkpoint", theirs.fileno())
+            await monitor.execute("migrate", uri="fd:checkpoint")
+        if not await self._reaches("pre-switchover", CATCH_UP):
+            await monitor.execute("stop")
+            if not await self._reaches("pre-switchover", FINISH):
+                raise CheckpointFailed("QEMU did not write the machine's memory in time")
+
+    async def finish(self) -> tuple[PageTable, _Devices, str]:
+        """Write the last pages and the devices."""
+        await self._monitor.execute("migrate-continue", state="pre-switchover")
+        if not await self._reaches("completed", FINISH):
+            raise CheckpointFailed("QEMU did not write the machine's devices in time")
+        self._finished = True
+        await self._go_on()
+        await self._read_all()
+        assert self._table is not None
+        reader = self._reader
+        return (self._table, _Devices(reader.head, reader.section, reader.tail),
+                reader.machine_type)
+
+    async def end(self, *, go_on: bool) -> float:
+        """Whatever has happened, let the guest go on; how long it stood still, seconds."""
+        monitor = self._monitor
+        with anyio.CancelScope(shield=True), contextlib.suppress(MachineError):
+            if not self._finished:
+                await monitor.execute("migrate_cancel")
+                await self._go_on()
+            if not go_on:
+                await monitor.execute("stop")
+        if not self._finished:
+            with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+                await self._read_all()
+            for path in self._directory.glob(f"{self._name}.*"):
+                path.unlink(missing_ok=True)
+        return max(0.0, monitor.resumed_at - monitor.stopped_at)
+
+    async def _go_on(self) -> None:
+        """Let the guest run; QEMU refuses while it still clears up behind a migration."""
+        with anyio.fail_after(FINISH):
+            while True:
+                try:
+                    await self._monitor.execute("cont")
+                except MachineError as error:
+                    if "not finalized" not in error.message:
+                        raise
+                    await anyio.sleep(CLEAR_UP)
+                else:
+                    return
+
+    async def _reaches(self, status: str, deadline: float) -> bool:
+        """See `Monitor.migration_reaches`; what the reader failed of is the better story."""
+        assert self._reading is not None
+        try:
+            return await self._monitor.migration_reaches(status, deadline)
+        except MachineError:
+            await self._read_all()
+            raise
+
+    async def _read_all(self) -> None:
+        """Wait for the reader's end; raises what it failed of."""
+        if self._reading is None:
+            return
+        try:
+            with anyio.fail_after(FINISH):
+                await asyncio.shield(self._reading)
+        except StreamError as error:
+            raise CheckpointFailed(f"QEMU wrote what vmjob does not know: {error}") from error
+
+    # -- in a thread ---------------------------------------------------------------------------
+
+    def _begin(self, blocks: list[Block]) -> Callable[[int, int, memoryview | None], None]:
+        if self._table is None:
+            self._table = PageTable(blocks)
+        elif self._table.blocks != blocks:
+            raise StreamError("the machine's memory has other blocks than before")
+        self._writer = PageWriter(self._table, self._template, self._directory, self._name)
+        return self._writer.page
+
+    def _read(self, sock: socket.socket) -> None:
+        lower_disk_priority()
+        buffer = memoryview(bytearray(BUFFER))
+        try:
+            with sock:
+                while count := sock.recv_into(buffer):
+                    self._reader.feed(buffer[:count])
+            self._reader.finish()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's files as descriptors for QEMU, and the stream to load."""
+
+    memory: int | None
+    layers: tuple[int, ...]
+    stream: Iterator[bytes]
+
+
+@contextlib.contextmanager
+def opened(saved: Saved, memory_mb: int) -> Iterator[Opened]:
+    """Open a checkpoint's files for QEMU to inherit; raises `CheckpointUnusable`."""
+    state = _state(saved)
+    directory = saved.directory
+    try:
+        with contextlib.ExitStack() as stack:
+
+            def take(name: str) -> int:
+                fd = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                stack.callback(os.close, fd)
+                return fd
+
+            memory = take(state.memory) if state.memory else None
+            if memory is not None and os.fstat(memory).st_size != memory_mb << 20:
+                raise CheckpointUnusable("a checkpoint of a machine with another memory")
+            table = read_index(directory / state.index)
+            devices = msgspec.msgpack.decode((directory / state.devices).read_bytes(),
+                                             type=_Devices)
+            yield Opened(memory, tuple(map(take, state.layers)),
+                         write(devices.head, devices.section, table.blocks,
+                               table.stored(directory), devices.tail))
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise CheckpointUnusable(f"a checkpoint cannot be read: {error}") from error
+
+
+def feed(sock: socket.socket, pieces: Iterator[bytes]) -> None:
+    """Give QEMU a stream to its end; raises `OSError` when QEMU does not take it."""
+    with sock:
+        for piece in pieces:
+            sock.sendall(piece)
+
+
+def boot_parts(saved: Saved) -> tuple[Path, Path]:
+    """The image's root and base disk, as a checkpoint keeps them."""
+    state = _state(saved)
+    return saved.directory / state.root, saved.directory / state.base
+
+
+def _state(saved: Saved) -> _State:
+    try:
+        state = msgspec.convert(dict(saved.state), _State)
+    except msgspec.ValidationError as error:
+        raise CheckpointUnusable(f"a checkpoint that cannot be understood: {error}") from error
+    if state.format != FORMAT:
+        raise CheckpointUnusable("a checkpoint of another version of vmjob")
+    if any("/" in name for name in state.files()):
+        raise CheckpointUnusable("a checkpoint that names files elsewhere")
+    return state
+
+
+def _replaced(state: _State, **changes: Any) -> _State:
+    return msgspec.structs.replace(state, **changes)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Another name for a file that never changes; a copy where that cannot be."""
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        beside = target.with_name(f"{target.name}.new")
+        shutil.copyfile(source, beside)
+        beside.rename(target)
+
+
+async def _remove_disk(monitor: Monitor, node: str, path: Path) -> None:
+    """Take back a layer that was not used."""
+    with anyio.CancelScope(shield=True):
+        for name in (node, f"{node}-file"):
+            with contextlib.suppress(MachineError):
+                await monitor.execute("blockdev-del", **{"node-name": name})
+        path.unlink(missing_ok=True)
+
+
+def _failed(error: OSError) -> MachineError | HostDiskFull:
+    if error.errno == 28:
+        return HostDiskFull(f"no room for a checkpoint: {error.strerror}")
+    return CheckpointFailed(f"a checkpoint could not be written: {error.strerror}")
