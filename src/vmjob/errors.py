@@ -127,6 +127,19 @@ class HomeUnusable(HostError):
     standing_advice = "Point VMJOB_HOME at a directory that you own and may write to."
 
 
+class SlotUnusable(HostError):
+    code = "slot-unusable"
+    standing_advice = "Give the directory of a job that was run with --slot."
+
+
+class ProcessorChanged(HostError):
+    """The checkpoint is good, and kept: it needs another computer, or the one it was made on."""
+
+    code = "processor-changed"
+    standing_advice = ("Continue the job on a computer like the one it began on; --accel tcg "
+                       "--cpu baseline makes checkpoints that any computer can continue.")
+
+
 class Busy(HostError):
     code = "busy"
     retryable = True

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vmjob.errors import Busy, HomeUnusable
 
-__all__ = ["Home", "fsync", "locked", "remove_tree"]
+__all__ = ["Home", "locked", "remove_tree"]
 
 
 class Home:
@@ -85,15 +85,6 @@ def locked(path: Path, *, wait: bool, what: str) -> Iterator[None]:
         except BlockingIOError:
             raise Busy(f"{what} is in use by another vmjob process") from None
         yield
-
-
-def fsync(path: Path) -> None:
-    """Return when a file, or a directory's entries, are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove_tree(path: Path) -> None:

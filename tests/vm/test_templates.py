@@ -160,7 +160,7 @@ async def test_state_that_qemu_does_not_take_leads_to_a_boot(
 
 
 def templates_digest(path: Path) -> str:
-    from vmjob.engine.templates import digest
+    from vmjob.host.digest import digest
 
     return digest(path)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
-from vmjob.cli.main import print_json, report
-from vmjob.errors import UsageError, VmjobError
+from vmjob.cli.carrying import How, carry, leave
+from vmjob.errors import UsageError
 from vmjob.job.model import (
     DEFAULT_STREAM_LIMIT,
     Job,
@@ -23,13 +20,14 @@ from vmjob.job.model import (
     parse_input,
     parse_output,
 )
-
-if TYPE_CHECKING:
-    from vmjob.engine.record import Record
+from vmjob.machine.contract import Priority
 
 __all__ = ["run"]
 
 MIB = 1 << 20
+#: Seconds between the checkpoints of a job in a slot, unless told otherwise: what a crash costs at
+#: most, while a checkpoint takes half a second of another core.
+CHECKPOINT_EVERY = 300.0
 
 
 @click.command(context_settings={"ignore_unknown_options": False,
@@ -67,18 +65,32 @@ MIB = 1 << 20
               show_default=True, help="What happens to a job that writes more than that.")
 @click.option("--cold", is_flag=True,
               help="Boot the machine instead of starting it as a copy of a frozen one.")
+@click.option("--slot", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Keep everything of the job in DIR, so that --resume DIR can continue it.")
+@click.option("--resume", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Continue the job of a slot; it needs no CMD.")
+@click.option("--checkpoint-every", type=click.FloatRange(min=1), metavar="S",
+              help=f"With --slot: seconds between checkpoints; default: {CHECKPOINT_EVERY:g}.")
+@click.option("--slot-limit", type=click.IntRange(min=1), metavar="MB",
+              help="The most that the slot may take on the disk, MiB; default: what there is.")
+@click.option("--stop-deadline", type=click.FloatRange(min=0), default=60, show_default=True,
+              metavar="S", help="With a slot: seconds for a last checkpoint after SIGTERM.")
+@click.option("--priority", type=click.Choice([p.value for p in Priority]), default="low",
+              show_default=True, help="low: the job gets only what no other program wants.")
 @click.option("--keep-on-failure", is_flag=True,
               help="Keep the machine's logs below ./vmjob-failed/ when the job fails.")
 @click.option("--json", "as_json", is_flag=True,
               help="Print one record at the end (the job's output goes to stderr).")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no warnings.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED,
+@click.argument("command", nargs=-1, type=click.UNPROCESSED,
                 metavar="-- CMD [ARG]...")
 def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
         environment: tuple[str, ...], cpus: int, memory: int, disk: int,
         time_limit: float | None, network: str, accel: str, cpu: str, user: str | None, stdin: str,
-        output_limit: int | None, stream_limit: int, on_flood: str, cold: bool,
-        keep_on_failure: bool, as_json: bool, quiet: bool, command: tuple[str, ...]) -> NoReturn:
+        output_limit: int | None, stream_limit: int, on_flood: str, cold: bool, slot: Path | None,
+        resume: Path | None, checkpoint_every: float | None, slot_limit: int | None,
+        stop_deadline: float, priority: str, keep_on_failure: bool, as_json: bool, quiet: bool,
+        command: tuple[str, ...]) -> NoReturn:
     """Run a command in a throw-away virtual machine.
 
     The command starts in an empty directory, as an unprivileged user, without network. Its
@@ -95,7 +107,21 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
       vmjob run --in data.csv --in fit.py --out result.json -- python3 fit.py data.csv
       vmjob run --image science --memory 2048 --time-limit 3600 -- primecount 1e15
       echo 'scale=50; 4*a(1)' | vmjob run --image science -- bc -lq
+      vmjob run --slot job1 --checkpoint-every 60 -- python3 long.py   # and after a power cut:
+      vmjob run --resume job1
     """
+    how = How(accel=accel, cpu=cpu, cold=cold, stdin=stdin, slot=slot or resume, every=None,
+               slot_limit=slot_limit, stop_deadline=stop_deadline, priority=Priority(priority),
+               keep=keep_on_failure, as_json=as_json, quiet=quiet)
+    if resume is not None:
+        if command or slot or checkpoint_every:
+            raise UsageError("--resume continues the job as it was asked for: no CMD, --slot or "
+                             "--checkpoint-every")
+        leave(asyncio.run(carry(None, how)))
+    if not command:
+        raise UsageError("there is no command to run")
+    if checkpoint_every is not None and slot is None:
+        raise UsageError("--checkpoint-every needs --slot: somewhere to keep the checkpoints")
     job = Job(
         tasks=(Task(tuple(command), env=_environment(environment), user=user),),
         image=image, inputs=tuple(map(parse_input, inputs)),
@@ -104,13 +130,9 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
         output_limit=None if output_limit is None else output_limit * MIB,
         stream_limit=stream_limit * MIB, on_flood=OnFlood(on_flood))
     job.check()
-    code = asyncio.run(_run(job, accel=accel, cpu=cpu, cold=cold, stdin=stdin, keep=keep_on_failure,
-                            as_json=as_json, quiet=quiet))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    # Not sys.exit: a thread that waits for a terminal nobody types on would keep us here.
-    os._exit(code)
+    if slot is not None:
+        how = replace(how, every=checkpoint_every or CHECKPOINT_EVERY)
+    leave(asyncio.run(carry(job, how)))
 
 
 def _environment(given: tuple[str, ...]) -> dict[str, str]:
@@ -121,60 +143,3 @@ def _environment(given: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"--env wants K=V, not {text!r}")
         environment[name] = value
     return environment
-
-
-async def _run(job: Job, *, accel: str, cpu: str, cold: bool, stdin: str, keep: bool,
-               as_json: bool, quiet: bool) -> int:
-    """Run the job; SIGINT and SIGTERM end it, and its machine, at once."""
-    from vmjob.engine.record import Record
-    from vmjob.engine.run import Request, run_job
-    from vmjob.grid.terminal import OutputClosed, Terminal
-    from vmjob.home import Home
-    from vmjob.machine.qemu.driver import QemuDriver
-    from vmjob.shape import doubt, machine_shape
-
-    task = asyncio.current_task()
-    assert task is not None
-    caught: list[int] = []
-
-    def interrupt(number: int) -> None:
-        if not caught:
-            caught.append(number)
-            task.cancel()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, interrupt, number)
-    home = Home()
-    with Terminal(stdin, output_to_stderr=as_json, quiet=quiet) as terminal:
-        try:
-            terminal.phase("image")
-            shape, image, why = await machine_shape(
-                home, job.image, accel, memory_mb=job.memory_mb, cpus=job.cpus,
-                disk_gb=job.disk_gb, network=job.network, cpu=cpu, progress=terminal.building)
-            facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
-                     "kernel": image.manifest.kernel_version}
-            request = Request(job, QemuDriver(), shape, facts, hashes=as_json, cold=cold,
-                              keep=Path("vmjob-failed").absolute() if keep else None)
-            record = await run_job(home, request, terminal)
-            record.machine["accelerator_why"] = why
-            doubt(home, shape, record.error)
-        except asyncio.CancelledError:
-            return 128 + (caught[0] if caught else signal.SIGINT)
-        except OutputClosed:
-            return 128 + signal.SIGPIPE
-        except VmjobError as error:
-            record = Record(exit_code=error.exit_code, error=error.as_dict())
-    _show(record, as_json)
-    return record.exit_code
-
-
-def _show(record: Record, as_json: bool) -> None:
-    if as_json:
-        import msgspec
-
-        print_json(msgspec.to_builtins(record))
-    elif record.error is not None:
-        report(record.error)
-    elif record.kept:
-        click.echo(f"vmjob: the machine's logs are in {record.kept}", err=True)

@@ -4,29 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import signal
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 import anyio.to_thread
 
+from vmjob.engine.checkpointing import Checkpointer, processor_of
+from vmjob.engine.clock import RunClock
+from vmjob.engine.control import Control
+from vmjob.engine.generations import Generation
+from vmjob.engine.life import Life, State
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.errors import AgentProtocol, JobError, OutputMissing, TimeLimit, VmjobError
+from vmjob.engine.slot import Slot, Streams
+from vmjob.engine.work import Output, Work
+from vmjob.errors import (
+    CheckpointUnusable,
+    GuestError,
+    JobError,
+    MachineError,
+    OutputMissing,
+    ProcessorChanged,
+    TimeLimit,
+    VmjobError,
+)
 from vmjob.grid.contract import Grid
-from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.home import Home
-from vmjob.job.model import Job, OnFlood, Task
+from vmjob.job.model import Job
 from vmjob.machine.contract import Driver, MachineSpec
 
-__all__ = ["Request", "run_job"]
+__all__ = ["Request", "Survival", "run_job"]
 
-#: Seconds from the signal that ends a job (SIGTERM) to the one that cannot be ignored.
-GRACE = 5.0
 GIB = 1 << 30
+#: Seconds between looks at this computer's clock, and by how many it must have jumped.
+CLOCK_PERIOD = 5.0
+CLOCK_JUMP = 1.0
+
+
+@dataclass(frozen=True)
+class Survival:
+    """How a job survives the end of the process that carries it.
+
+    Everything of it is in ``slot``. A checkpoint is made after each ``every`` seconds of run time
+    (None: only when asked for); the slot may take ``disk_limit`` bytes (None: what there is). Where
+    the slot has checkpoints, the job continues from the newest that is good.
+    """
+
+    slot: Slot
+    every: float | None = None
+    disk_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +65,7 @@ class Request:
 
     ``cold``: boot the machine, whatever templates there are. ``hashes``: whether the record gets
     the outputs' SHA-256 (they are read once more for it). ``keep``: where a failed job's machine
-    logs go, if anywhere.
+    logs go, if anywhere. ``control``: for who wants to suspend or keep it.
     """
 
     job: Job
@@ -45,84 +75,35 @@ class Request:
     cold: bool = False
     hashes: bool = False
     keep: Path | None = None
-
-
-class _Phases:
-    """Seconds spent in each phase, in order."""
-
-    def __init__(self, record: Record, grid: Grid) -> None:
-        self._record = record
-        self._grid = grid
-        self._name: str | None = None
-        self._began = self._since = time.monotonic()
-
-    def begin(self, name: str) -> None:
-        self._end()
-        self._name, self._since = name, time.monotonic()
-        self._grid.phase(name)
-
-    def finish(self) -> None:
-        self._end()
-        self._record.phases["total"] = time.monotonic() - self._began
-
-    def _end(self) -> None:
-        if self._name:
-            spent = time.monotonic() - self._since
-            self._record.phases[self._name] = self._record.phases.get(self._name, 0.0) + spent
-        self._name = None
-
-
-class _Output:
-    """Counts a job's output, passes it on up to its limit, and says when that is reached."""
-
-    def __init__(self, job: Job, grid: Grid, record: Record) -> None:
-        self._limit = job.stream_limit
-        self._grid = grid
-        self._record = record
-        self._seen = {"stdout": 0, "stderr": 0}
-        self.flooded = anyio.Event()
-        #: Why this side ended the job, if it did.
-        self.stopped_for: str | None = None
-
-    async def take(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
-        room = max(0, self._limit - self._seen[stream])
-        self._seen[stream] += len(data)
-        if len(data) > room:
-            self._record.discarded_bytes += len(data) - room
-            if not self.flooded.is_set():
-                self.flooded.set()
-                self._grid.warning(f"{stream} is longer than {self._limit} bytes; the rest is "
-                                   "thrown away")
-        if room:
-            await self._grid.output(stream, data[:room])
-        self._record.stdout_bytes = self._seen["stdout"]
-        self._record.stderr_bytes = self._seen["stderr"]
+    survival: Survival | None = None
+    control: Control = field(default_factory=Control)
 
 
 async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     """Carry a job through its life; its record, whatever happened.
 
     Errors of vmjob are in the record, not raised; only a cancellation passes through, after
-    the machine is gone.
+    the machine is gone (a job with a slot can then be continued).
     """
     record = Record(image=request.image_facts)
-    phases = _Phases(record, grid)
+    life = Life(record, grid)
+    failure: VmjobError | None = None
     try:
         request.job.check()
-        async with open_session(home, request.driver, request.shape, cold=request.cold,
-                                on_phase=phases.begin, keep=request.keep) as session:
+        async with _begun(home, request, grid, life) as (session, generation):
             record.machine = describe(session)
             if session.cold_because:
                 grid.warning(f"the machine was booted, not copied: {session.cold_because}")
             async with session.explaining():
-                phases.begin("inputs")
-                await _put_inputs(session, request.job, grid)
-                phases.begin("run")
-                await _run_tasks(session, request.job, grid, record)
-                phases.begin("outputs")
+                if generation is None:
+                    life.enter(State.INPUTS)
+                    await _put_inputs(session, request.job, grid)
+                life.enter(State.RUN)
+                await _run_tasks(home, request, grid, life, session, record, generation)
+                life.enter(State.OUTPUTS)
                 await _get_outputs(session, request.job, grid, record)
             session.failed = record.exit_code != 0
-            phases.begin("end")
+            life.enter(State.END)
             if session.failed and request.keep is not None:
                 record.kept = str(request.keep / session.machine.spec.id)
         if request.hashes:
@@ -130,6 +111,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 record.outputs += await anyio.to_thread.run_sync(describe_output,
                                                                  output.destination)
     except VmjobError as error:
+        failure = error
         record.error = error.as_dict()
         # A job that ended badly by itself explains its missing outputs: its code comes first.
         own = bool(record.tasks) and exit_code_of(record.tasks[-1]) != 0
@@ -139,9 +121,62 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
             record.exit_code = exit_code_of(record.tasks[-1])
         record.kept = error.context.get("kept")
     finally:
-        phases.finish()
+        life.finish()
     record.status = "succeeded" if record.exit_code == 0 and not record.error else "failed"
+    # What failed on our side may be tried again, from the last checkpoint.
+    if request.survival is not None and (failure is None or isinstance(failure, JobError)):
+        request.survival.slot.end(record)
     return record
+
+
+@contextlib.asynccontextmanager
+async def _begun(home: Home, request: Request, grid: Grid,
+                 life: Life) -> AsyncIterator[tuple[Session, Generation | None]]:
+    """The job's machine: from its newest checkpoint that is good, or else from the beginning."""
+    slot = request.survival.slot if request.survival else None
+    open_one = functools.partial(
+        open_session, home, request.driver, cold=request.cold,
+        on_phase=lambda phase: life.enter(State(phase)), keep=request.keep,
+        place=slot.machine_place if slot else None)
+    async with contextlib.AsyncExitStack() as stack:
+        if slot is None:
+            yield await stack.enter_async_context(open_one(request.shape)), None
+            return
+        candidates = slot.generations.newest_first()
+        while (generation := await anyio.to_thread.run_sync(_next, candidates, grid)) is not None:
+            _check_processor(generation, request.shape)
+            shape = replace(request.shape, **generation.shape,
+                            saved=slot.generations.saved(generation))
+            try:
+                session = await stack.enter_async_context(open_one(shape))
+            except (MachineError, GuestError) as error:
+                grid.warning(f"checkpoint {generation.number} is given up: {error.message}")
+                slot.generations.condemn(generation.number)
+                continue
+            yield session, generation
+            return
+        slot.generations.restart()
+        yield await stack.enter_async_context(open_one(request.shape)), None
+
+
+def _next(candidates: Iterator[Generation | CheckpointUnusable], grid: Grid) -> Generation | None:
+    """The next generation that is good; says what is wrong with others."""
+    for each in candidates:
+        if isinstance(each, Generation):
+            return each
+        grid.warning(each.message)
+    return None
+
+
+def _check_processor(generation: Generation, shape: MachineSpec) -> None:
+    """Refuse to continue a guest that was told of a processor which is not here."""
+    accelerator = str(generation.shape.get("accelerator"))
+    if accelerator != shape.accelerator:
+        raise ProcessorChanged(f"checkpoint {generation.number} was made with {accelerator}, which "
+                               f"is not what would be used here ({shape.accelerator})")
+    if generation.processor != processor_of(shape):
+        raise ProcessorChanged(f"checkpoint {generation.number} was made on another processor; the "
+                               "guest may be using what this one does not have")
 
 
 async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
@@ -150,74 +185,45 @@ async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
                                  functools.partial(grid.transferred, str(given.source)))
 
 
-async def _run_tasks(session: Session, job: Job, grid: Grid, record: Record) -> None:
-    """Run the tasks in order; the first that fails is the last."""
-    output = _Output(job, grid, record)
-    session.client.on_message(lambda text: _heard(text, grid))
-    deadline = None if job.time_limit is None else time.monotonic() + job.time_limit
-    for task in job.tasks:
-        end = await _run_task(session, job, task, grid, output, deadline)
-        record.tasks.append(end)
-        record.exit_code = exit_code_of(end)
-        if end.ended_by == "time-limit":
-            raise TimeLimit(f"the job did not end within {job.time_limit:g} seconds")
-        if end.ended_by == "out-of-memory":
-            grid.warning("the machine ran out of memory and ended the job's largest process; "
-                         "--memory gives it more")
-        if end.ended_by == "output-limit":
-            raise JobError("the job was ended because it wrote more than its stream limit",
-                           advice="Raise --stream-limit, or let the rest be discarded.")
-        if record.exit_code != 0:
-            return
+async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, session: Session,
+                     record: Record, generation: Generation | None) -> None:
+    """Run the tasks to their end, keeping them meanwhile as was asked."""
+    job, survival = request.job, request.survival
+    progress = generation.progress if generation else None
+    position = dict(progress.position) if progress else {}
+    clock = RunClock(progress.run_seconds if progress else 0.0)
+    with contextlib.ExitStack() as stack:
+        streams = None
+        if survival is not None:
+            streams = Streams(survival.slot, {
+                stream: min(count, job.stream_limit) for stream, count in position.items()})
+            stack.callback(streams.close)
+        output = Output(job, grid, record, streams, position)
+        work = Work(session, job, grid, record, output, clock, progress)
+        checkpointer = None
+        if survival is not None and streams is not None:
+            checkpointer = Checkpointer(home, survival.slot, session, work, output, streams, clock,
+                                        life, grid, survival.disk_limit)
+        clock.go()
+        async with contextlib.AsyncExitStack() as helpers:
+            helpers.enter_context(request.control.attached(session, clock, life, checkpointer))
+            await helpers.enter_async_context(beside(_keep_time(session, life)))
+            if checkpointer is not None and survival is not None and survival.every is not None:
+                await helpers.enter_async_context(beside(checkpointer.every(survival.every)))
+            await work.run()
+        if streams is not None:
+            await anyio.to_thread.run_sync(streams.sync)
 
 
-async def _run_task(session: Session, job: Job, task: Task, grid: Grid, output: _Output,
-                    deadline: float | None) -> TaskEnd:
-    client = session.client
-    limits = Limits(cpu_seconds=task.cpu_seconds, memory_bytes=task.memory_bytes,
-                    file_bytes=task.file_bytes, processes=task.processes)
-    number = await client.start(list(task.argv), env=task.env, cwd=task.cwd, user=task.user,
-                                limits=limits, stdin=grid.has_input,
-                                wait=0.0 if grid.has_input else SHORT_COMMAND)
-    async with beside(_feed(session, number, grid)), \
-            beside(_enforce(session, number, job, output, deadline)):
-        end = await client.follow(number, output.take)
-    client.forget(number)
-    if end.ended_by in ("time-limit", "output-limit") and end.ended_by != output.stopped_for:
-        raise AgentProtocol(f"the machine says {end.ended_by!r}, which was not reached")
-    return end
-
-
-async def _feed(session: Session, number: int, grid: Grid) -> None:
-    if grid.has_input:
-        await session.client.feed(number, grid.input)
-
-
-async def _enforce(session: Session, number: int, job: Job, output: _Output,
-                   deadline: float | None) -> None:
-    """End the job at its time limit, or when it floods and is to be stopped for it."""
-    stop = job.on_flood is OnFlood.STOP
-    why = "output-limit"
-    with anyio.move_on_after(None if deadline is None else deadline - time.monotonic()) as waiting:
-        await (output.flooded.wait() if stop else anyio.sleep_forever())
-    if waiting.cancelled_caught:
-        why = "time-limit"
-    output.stopped_for = why
-    await session.client.signal(number, signal.SIGTERM, why=why)
-    await anyio.sleep(GRACE)
-    await session.client.signal(number, signal.SIGKILL, why=why)
-
-
-def _heard(text: str, grid: Grid) -> None:
-    """A message of the job: ``fraction_done 0.5`` is understood, everything is passed on."""
-    word, _, value = text.partition(" ")
-    if word == "fraction_done":
-        with contextlib.suppress(ValueError):
-            fraction = float(value)
-            if 0 <= fraction <= 1:
-                grid.fraction_done(fraction)
-                return
-    grid.message(text)
+async def _keep_time(session: Session, life: Life) -> None:
+    """Tell the machine the time when this computer's clock has jumped: it slept, or was set."""
+    before = time.time() - time.monotonic()
+    while True:
+        await anyio.sleep(CLOCK_PERIOD)
+        now = time.time() - time.monotonic()
+        if abs(now - before) > CLOCK_JUMP and life.state is not State.SUSPENDED:
+            before = now
+            await session.client.set_clock()
 
 
 async def _get_outputs(session: Session, job: Job, grid: Grid, record: Record) -> None:

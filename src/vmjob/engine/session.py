@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import anyio
 
 from vmjob.engine import freezing
 from vmjob.engine.ownership import claim, sweep
-from vmjob.engine.starting import boot, explain, thaw
+from vmjob.engine.starting import boot, explain, restore, thaw
 from vmjob.engine.templates import Lease, TemplateStore
 from vmjob.errors import (
     AgentLost,
@@ -30,17 +32,22 @@ from vmjob.guest.client import AgentClient, Hello
 from vmjob.home import Home
 from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, Machine, MachineSpec
 
-__all__ = ["Session", "beside", "describe", "open_session"]
+__all__ = ["Place", "Session", "beside", "describe", "open_session"]
 
 #: Files of a machine's directory that `keep` copies: what a failure report needs.
 REPORT = ("argv.json", "qmp.json", "console.log", "qemu.log", "owner.json")
+
+
+#: Gives a machine its id and its directory, and takes both back.
+Place = Callable[[], AbstractContextManager[tuple[str, Path]]]
 
 
 class Session:
     """One machine that answers. Made by `open_session`, which also ends it."""
 
     def __init__(self, machine: Machine, client: AgentClient, hello: Hello,
-                 started: float) -> None:
+                 started: float, driver_name: str) -> None:
+        self.driver_name = driver_name
         self.machine = machine
         self.client = client
         self.hello = hello
@@ -50,6 +57,17 @@ class Session:
         self.failed = False
         #: Why the machine was booted although it should have been a copy; None where it was not.
         self.cold_because: str | None = None
+
+    async def suspend(self) -> None:
+        """Stand still: no CPU is used, no deadline comes nearer."""
+        self.client.stand_still()
+        await self.machine.suspend()
+
+    async def resume(self) -> None:
+        """Go on, with the right time of day."""
+        await self.machine.resume()
+        self.client.go_on()
+        await self.client.set_clock()
 
     @contextlib.asynccontextmanager
     async def explaining(self) -> AsyncIterator[None]:
@@ -66,59 +84,65 @@ def _unheard(phase: str) -> None:
 
 @contextlib.asynccontextmanager
 async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: bool = False,
-                       on_phase: Callable[[str], None] = _unheard,
-                       keep: Path | None = None) -> AsyncIterator[Session]:
+                       on_phase: Callable[[str], None] = _unheard, keep: Path | None = None,
+                       place: Place | None = None) -> AsyncIterator[Session]:
     """A fresh machine of the given shape, its agent answering; gone when the block ends.
 
     It is a copy of a template, which is made first where there is none, unless ``cold``: then it
     boots. It boots as well when its template fails; `Session.cold_because` then says why.
-    ``shape.id`` and ``shape.directory`` are set here. With ``keep``, an error within the block
-    (or `Session.failed`) leaves the machine's logs in a directory below it.
+    With ``shape.saved`` it continues from there instead, or fails. ``shape.id`` and
+    ``shape.directory`` are set here, from ``place`` (a machine's directory in ``home`` unless
+    given). With ``keep``, an error within the block (or `Session.failed`) leaves the machine's logs
+    in a directory below it.
     """
     sweep(home)
+    place = place or functools.partial(claim, home)
     async with contextlib.AsyncExitStack() as stack:
         session = why = None
-        if not cold and driver.capabilities.templates:
+        if not cold and driver.capabilities.templates and shape.saved is None:
             try:
                 template = await freezing.lease(home, driver, shape, on_phase)
                 stack.callback(template.close)
-                session = await _copy(stack, home, driver, shape, template, on_phase, keep)
+                session = await _copy(stack, home, driver, shape, template, on_phase, keep, place)
             except (MachineError, GuestError, HostDiskFull) as error:
                 why = error.message
         if session is None:
             session = await stack.enter_async_context(
-                _machine(home, driver, shape, on_phase, keep))
+                _machine(driver, shape, on_phase, keep, place))
             session.cold_because = why
         yield session
 
 
 async def _copy(stack: contextlib.AsyncExitStack, home: Home, driver: Driver, shape: MachineSpec,
-                template: Lease, on_phase: Callable[[str], None], keep: Path | None) -> Session:
+                template: Lease, on_phase: Callable[[str], None], keep: Path | None,
+                place: Place) -> Session:
     """A copy of a template; if it fails, or the files changed meanwhile, nobody else gets it."""
     try:
         return await stack.enter_async_context(
-            _machine(home, driver, shape, on_phase, keep, template))
+            _machine(driver, shape, on_phase, keep, place, template))
     except (MachineError, GuestError):
         TemplateStore(home).condemn(template.template.key)
         raise
 
 
 @contextlib.asynccontextmanager
-async def _machine(home: Home, driver: Driver, shape: MachineSpec,
-                   on_phase: Callable[[str], None], keep: Path | None,
+async def _machine(driver: Driver, shape: MachineSpec, on_phase: Callable[[str], None],
+                   keep: Path | None, place: Place,
                    lease: Lease | None = None) -> AsyncIterator[Session]:
-    """A machine that boots, or is a copy of a template."""
+    """A machine that boots, is a copy of a template, or continues from a checkpoint."""
     template = lease.template if lease else None
-    with claim(home) as (name, directory):
+    with place() as (name, directory):
         spec = replace(shape, id=name, directory=directory,
                        template=template.directory if template else None)
         on_phase("machine")
         machine = await driver.create(spec)
         try:
             started = time.monotonic()
-            on_phase("thaw" if template else "boot")
+            on_phase("restore" if spec.saved else "thaw" if template else "boot")
             try:
-                if template:
+                if spec.saved:
+                    client, hello = await restore(machine)
+                elif template:
                     client = await thaw(machine, grown=spec.disk_gb > TEMPLATE_DISK_GB)
                     hello = template.manifest.hello
                 else:
@@ -126,7 +150,7 @@ async def _machine(home: Home, driver: Driver, shape: MachineSpec,
                 try:
                     if lease:
                         lease.check()
-                    session = Session(machine, client, hello, started)
+                    session = Session(machine, client, hello, started, driver.name)
                     yield session
                 finally:
                     try:

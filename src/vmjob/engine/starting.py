@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import anyio
 
 from vmjob.errors import (
@@ -17,13 +19,16 @@ from vmjob.errors import (
 from vmjob.guest.client import AgentClient, Hello, Identity
 from vmjob.machine.contract import Driver, Ended, EndReason, Machine
 
-__all__ = ["BOOT_DEADLINE", "boot", "explain", "thaw"]
+__all__ = ["BOOT_DEADLINE", "boot", "explain", "restore", "thaw"]
 
 #: Seconds from power-on until the agent must answer. Measured: 2 s under TCG on an idle computer;
 #: a loaded single-core computer may need 60 times that.
 BOOT_DEADLINE = 180.0
 #: Seconds from the start of a copy until its agent must answer. Measured: 0.1 s under TCG.
 THAW_DEADLINE = 30.0
+#: Seconds from a checkpoint's start until the agent must answer: the job may be using all of the
+#: processor and memory that the machine has.
+RESTORE_DEADLINE = 120.0
 #: Seconds to wait for a machine's end after its lanes broke, to learn why they did.
 END_PATIENCE = 10.0
 GIB = 1 << 30
@@ -64,6 +69,24 @@ async def thaw(machine: Machine, *, grown: bool) -> AgentClient:
         client.close()
         raise
     return client
+
+
+async def restore(machine: Machine) -> tuple[AgentClient, Hello]:
+    """Continue a machine from its checkpoint; the caller closes the client.
+
+    Raises `CheckpointUnusable` and whatever else can end a machine.
+    """
+    client = AgentClient(await machine.start())
+    try:
+        try:
+            hello = await client.hello(RESTORE_DEADLINE)
+            await client.set_clock(os.urandom(64))
+        except (AgentLost, AgentProtocol) as error:
+            raise await explain(machine, error) from error
+    except BaseException:
+        client.close()
+        raise
+    return client, hello
 
 
 def _identity(machine: Machine) -> Identity:

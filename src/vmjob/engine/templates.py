@@ -11,7 +11,6 @@ meets a stale one. Its making is `vmjob.engine.freezing`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -26,7 +25,9 @@ import msgspec
 
 from vmjob.errors import TemplateUnusable, UsageError
 from vmjob.guest.client import Hello
-from vmjob.home import Home, fsync, remove_tree
+from vmjob.home import Home, remove_tree
+from vmjob.host import durable
+from vmjob.host.digest import digest
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, MachineSpec
 
@@ -42,8 +43,6 @@ CAP_VARIABLE = "VMJOB_TEMPLATES_MB"
 MANIFEST = "template.json"
 LOCK = "lock"
 _REMOVED = ".removed-"
-#: Read at once, bytes: a multiple of every page size.
-BLOCK = 64 * 1024
 
 
 class File(msgspec.Struct, frozen=True):
@@ -94,28 +93,6 @@ def key_of(driver: Driver, shape: MachineSpec) -> tuple[str, dict[str, Any]]:
 def hash_of(identity: dict[str, Any]) -> str:
     """The key that stands for an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's blocks that are not zero, with their offsets: holes cost nothing."""
-    found = hashlib.sha256()
-    zeros = bytes(BLOCK)
-    with path.open("rb", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        at = 0
-        while at < end:
-            try:
-                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // BLOCK * BLOCK
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                break  # no data after this
-            block = os.pread(file.fileno(), BLOCK, at)
-            if block != zeros[:len(block)]:
-                found.update(at.to_bytes(8, "big") + block)
-            at += BLOCK
-    found.update(end.to_bytes(8, "big"))
-    return found.hexdigest()
 
 
 class Lease:
@@ -219,10 +196,10 @@ class TemplateStore:
         (beside / MANIFEST).write_bytes(_sealed(manifest))
         (beside / LOCK).touch(mode=0o600)
         for path in (*beside.iterdir(), beside):
-            fsync(path)
+            durable.sync(path)
         self.remove(key)
         beside.rename(self._home.templates / key)
-        fsync(self._home.templates)
+        durable.sync(self._home.templates)
         self.evict(key)
 
     def remove(self, key: str) -> bool:

@@ -17,7 +17,7 @@ import anyio.to_thread
 from vmjob.errors import InputMissing
 from vmjob.grid.contract import Quiet
 
-__all__ = ["OutputClosed", "Terminal"]
+__all__ = ["OutputClosed", "Terminal", "open_input"]
 
 #: Bytes read from our input at once.
 READ = 64 * 1024
@@ -27,7 +27,8 @@ REDRAW = 0.25
 PHASES = {"image": "checking the image", "machine": "making a machine", "boot": "booting",
           "template": "freezing a machine, once for each kind", "thaw": "starting",
           "inputs": "copying inputs", "run": "running", "outputs": "copying outputs",
-          "end": "cleaning up"}
+          "restore": "continuing from the checkpoint", "checkpoint": "making a checkpoint",
+          "suspended": "suspended", "end": "cleaning up"}
 
 
 class OutputClosed(BaseException):
@@ -42,7 +43,7 @@ class Terminal(Quiet):
     """
 
     def __init__(self, stdin: str, *, output_to_stderr: bool, quiet: bool) -> None:
-        self._stdin = _open_input(stdin)
+        self._stdin = open_input(stdin)
         self._stdout = 2 if output_to_stderr else 1
         self._quiet = quiet
         self._line = StatusLine() if not quiet and os.isatty(2) else None
@@ -138,7 +139,8 @@ class Terminal(Quiet):
                 return
 
 
-def _open_input(given: str) -> int | None:
+def open_input(given: str) -> int | None:
+    """A descriptor of the input that ``--stdin`` names; None for none."""
     if given == "none":
         return None
     if given == "auto":

@@ -127,8 +127,8 @@ class Entry(msgspec.Struct, frozen=True):
 class _Follower:
     """One task whose output somebody wants."""
 
-    def __init__(self) -> None:
-        self.offsets: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+    def __init__(self, offsets: Mapping[Stream, int] | None = None) -> None:
+        self.offsets: dict[Stream, int] = {"stdout": 0, "stderr": 0, **(offsets or {})}
         self.pending: list[tuple[Stream, bytes]] = []
         self.held = 0
         self.end: TaskEnd | None = None
@@ -157,6 +157,16 @@ class AgentClient:
         self._newest_message = 0
         self._message_sinks: list[Callable[[str], None]] = []
         self._generation: str | None = None
+
+    def stand_still(self) -> None:
+        """The machine is suspended: no deadline comes nearer until `go_on`."""
+        for each in (self._control, self._output, self._input, self._transfer):
+            each.stand_still()
+
+    def go_on(self) -> None:
+        """The machine runs again."""
+        for each in (self._control, self._output, self._input, self._transfer):
+            each.go_on()
 
     def close(self) -> None:
         """Close all lanes. The machine is not told: it is about to end."""
@@ -190,6 +200,14 @@ class AgentClient:
                 "mac": identity.mac.hex() if identity.mac else None}
         await self._control.request("POST", "/v1/identity", said, deadline=deadline)
         self._generation = identity.machine_id
+
+    async def set_clock(self, seed: bytes = b"") -> None:
+        """Tell a machine that stood still what time it is.
+
+        One that continues from a checkpoint gets ``seed`` (64 random bytes) as well: it may have
+        continued from there before.
+        """
+        await self._control.request("POST", "/v1/clock", {"time": time.time(), "seed": seed.hex()})
 
     async def ping(self, deadline: float = DEADLINE) -> dict[str, Any]:
         """Whether the agent is well; its clock, load and free memory.
@@ -265,9 +283,13 @@ class AgentClient:
             self._take_messages(head)
         return task
 
-    async def follow(self, task: int, sink: Sink) -> TaskEnd:
-        """Hand a command's output to ``sink`` as it comes, every byte once; return its end."""
-        early = self._early.pop(task) if task in self._early else _Follower()
+    async def follow(self, task: int, sink: Sink,
+                     offsets: Mapping[Stream, int] | None = None) -> TaskEnd:
+        """Hand a command's output to ``sink`` as it comes, every byte once; return its end.
+
+        ``offsets``: what was taken of it already, by an earlier client (bytes of each stream).
+        """
+        early = self._early.pop(task) if task in self._early else _Follower(offsets)
         follower = self._followers.setdefault(task, early)
         try:
             while True:
@@ -289,10 +311,20 @@ class AgentClient:
         finally:
             del self._followers[task]
 
-    async def feed(self, task: int, source: Callable[[], Awaitable[bytes]]) -> None:
+    def received(self, task: int) -> dict[Stream, int]:
+        """How much of each stream of a command has come from the machine so far, bytes.
+
+        Not all of it may have reached its sink; nothing of it will come again.
+        """
+        follower = self._followers.get(task) or self._early.get(task) or _Follower()
+        return dict(follower.offsets)
+
+    async def feed(self, task: int, source: Callable[[], Awaitable[bytes]], *,
+                   again: bool = False) -> None:
         """Write what ``source`` returns to a command's input until it returns b''.
 
-        Ends early, without an error, when the command reads no more.
+        Ends early, without an error, when the command reads no more. With ``again``, the command
+        may have got the beginning already, from an earlier client; it gets it once.
         """
         offset = 0
         is_open = True
@@ -304,6 +336,8 @@ class AgentClient:
                 answer = (await self._input.request(
                     "POST", f"/v1/tasks/{task}/stdin?offset={offset}{end}", piece)).json()
                 taken = _number(answer, "taken")
+                if again:
+                    taken = min(taken, offset + len(piece))
                 if not offset <= taken <= offset + len(piece):
                     raise AgentProtocol("the agent took input that it was not given")
                 data = data[taken - offset:]
@@ -352,6 +386,15 @@ class AgentClient:
     async def message_to_guest(self, text: str) -> None:
         """A line (at most `wire.MAX_MESSAGE` bytes) for the jobs to read."""
         await self._control.request("POST", "/v1/messages", {"text": text})
+
+    @property
+    def messages_seen(self) -> int:
+        """The number of the last message that came; see `continue_messages`."""
+        return self._messages_seen
+
+    def continue_messages(self, seen: int) -> None:
+        """Messages up to this number were heard by an earlier client."""
+        self._messages_seen = seen
 
     def on_message(self, sink: Callable[[str], None]) -> None:
         """Call ``sink`` with each line that a job sends, while a command is followed."""

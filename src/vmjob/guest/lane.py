@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping
@@ -75,6 +76,26 @@ class Lane:
         self._buffer = bytearray()
         self._dirty = not clean
         self._lock = anyio.Lock()
+        self._scope: anyio.CancelScope | None = None
+        #: Seconds that the exchange under way may still take, while the machine stands still.
+        self._left: float | None = None
+        self._still = False
+
+    def stand_still(self) -> None:
+        """The machine is suspended: from now on no deadline comes nearer."""
+        if self._still:
+            return
+        self._still = True
+        if self._scope is not None:
+            self._left = self._scope.deadline - anyio.current_time()
+            self._scope.deadline = math.inf
+
+    def go_on(self) -> None:
+        """The machine runs again."""
+        self._still = False
+        if self._scope is not None and self._left is not None:
+            self._scope.deadline = anyio.current_time() + self._left
+        self._left = None
 
     async def request(self, method: str, target: str, body: bytes | Mapping[str, Any] = b"", *,
                       deadline: float = DEADLINE) -> Answer:
@@ -87,7 +108,8 @@ class Lane:
         head = wire.request_head(method, target, {"content-length": str(len(data))})
         async with self._lock:
             try:
-                with anyio.fail_after(deadline):
+                with anyio.fail_after(None if self._still else deadline) as self._scope:
+                    self._left = deadline if self._still else None
                     if self._dirty:
                         await self._resynchronise()
                     self._dirty = True
@@ -97,6 +119,8 @@ class Lane:
             except TimeoutError:
                 raise AgentSilent(f"no answer to {method} {target.partition('?')[0]} within "
                                   f"{deadline:g} seconds") from None
+            finally:
+                self._scope = None
         if answer.status != 200:
             raise refusal(answer.status, answer.body)
         return answer

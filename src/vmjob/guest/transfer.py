@@ -69,6 +69,14 @@ class Transfer:
         os.close(self._cancel_reader)
         os.close(self._cancel_writer)
 
+    def stand_still(self) -> None:
+        """The machine is suspended: from now on its silence means nothing."""
+        self._channel.peer_stands_still = True
+
+    def go_on(self) -> None:
+        """The machine runs again."""
+        self._channel.peer_stands_still = False
+
     async def put(self, source: Path, destination: str, progress: Progress | None = None) -> int:
         """Copy a file or directory into the machine; returns the bytes of data sent.
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from vmjob.errors import ImageBuildFailed, ImageCorrupt, ImageMissing, ImageOutdated
 from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
-from vmjob.home import Home, fsync, locked, remove_tree
+from vmjob.home import Home, locked, remove_tree
+from vmjob.host import durable
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.image import manifest
 from vmjob.image.manifest import Manifest
@@ -183,13 +184,13 @@ class ImageStore:
             beside.mkdir(mode=0o755)
             made = build(recipe, beside, progress)
             for path in beside.iterdir():
-                fsync(path)
-            fsync(beside)
+                durable.sync(path)
+            durable.sync(beside)
             # The old one is only moved aside until the new one is in place.
             if target.exists():
                 target.rename(aside)
             beside.rename(target)
-            fsync(self._home.images)
+            durable.sync(self._home.images)
             remove_tree(aside)
         except OSError as error:
             remove_tree(beside)

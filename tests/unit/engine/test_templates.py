@@ -330,7 +330,7 @@ KILLED = """
         return stepped
 
     for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_bytes"), (Path, "touch"),
-                        (templates, "fsync"), (templates, "digest"),
+                        (templates.durable, "sync"), (templates, "digest"),
                         (templates, "write_seal"), (os, "utime")):
         setattr(owner, name, step(getattr(owner, name)))
 

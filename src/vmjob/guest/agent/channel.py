@@ -48,6 +48,8 @@ class Channel:
                  patience: float | None = None, cancel: int | None = None) -> None:
         self.fd = fd
         self.patience = patience
+        #: While the peer is known to stand still, its silence means nothing.
+        self.peer_stands_still = False
         self._cancel = cancel
         self._interruptible = interruptible
         self._buffer = bytearray(capacity + MAX_HEAD + PAGE)
@@ -88,7 +90,10 @@ class Channel:
                 raise Closed
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
-                raise TimedOut
+                if not self.peer_stands_still:
+                    raise TimedOut
+                assert wait is not None
+                left, deadline = wait, time.monotonic() + wait
             self._wait(select.POLLIN, None if left is None else left + 0.001)
 
     def _wait(self, events: int, seconds: float | None) -> int:
@@ -161,7 +166,7 @@ class Channel:
         """Drop everything up to and with ``proof``; a flood without it ends as silence does."""
         deadline = None if self.patience is None else time.monotonic() + self.patience
         while (at := self._buffer.find(proof, self._start, self._end)) < 0:
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and time.monotonic() > deadline and not self.peer_stands_still:
                 raise TimedOut
             self._start = max(self._start, self._end - len(proof))
             self._fill(self.patience)
@@ -184,7 +189,7 @@ class Channel:
             except BlockingIOError:
                 wanted = select.POLLOUT | (select.POLLIN if self._interruptible else 0)
                 ready = self._wait(wanted, self.patience)
-                if not ready:
+                if not ready and not self.peer_stands_still:
                     raise TimedOut from None
                 if ready & select.POLLIN and self._interruptible:
                     raise Interrupted from None

@@ -57,6 +57,18 @@ def assume(given: dict[str, Any], place: Place) -> None:
         set_mac(bytes.fromhex(given["mac"]))
 
 
+def wake(given: dict[str, Any], place: Place) -> None:
+    """Go on after standing still: ``time``, and ``seed`` (hex) unless it is empty."""
+    seed = bytes.fromhex(given["seed"])
+    if seed and len(seed) != SEED_LENGTH:
+        raise ValueError("a seed of another length")
+    if not place.owns_kernel:
+        return
+    if seed:
+        reseed(seed)
+    time.clock_settime(time.CLOCK_REALTIME, float(given["time"]))
+
+
 def reseed(seed: bytes) -> None:
     """Mix a secret of the host into the kernel's random numbers, at once and for all readers."""
     fd = _kept("/dev/urandom")

@@ -91,6 +91,7 @@ class Agent:
     def _handlers(self) -> dict[tuple[str, str], Callable[[Request], dict[str, Any]]]:
         return {
             ("GET", "hello"): self._hello, ("POST", "identity"): self._introduce,
+            ("POST", "clock"): self._set_clock,
             ("GET", "ping"): self._ping,
             ("GET", "tasks"): self._task_list, ("DELETE", "tasks"): self._forget,
             ("GET", "list"): self._list, ("POST", "mkdir"): self._mkdir,
@@ -120,6 +121,11 @@ class Agent:
         identity.assume(asked, self.place)
         self._asleep = False
         self.generation = str(asked["machine_id"])
+        return {}
+
+    def _set_clock(self, request: Request) -> dict[str, Any]:
+        """The host says what time it is: this machine stood still."""
+        identity.wake(request.json(), self.place)
         return {}
 
     def _settle(self, request: Request) -> dict[str, Any]:

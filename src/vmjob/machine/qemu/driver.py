@@ -119,6 +119,8 @@ class QemuMachine:
         self._console: Console | None = None
         self._asked_to_end = False
         self._ended: asyncio.Task[Ended] | None = None
+        #: Held while a checkpoint is made: the guest is then let go on by who makes it.
+        self._checkpointing = anyio.Lock()
         self._saver = saving.Saver(spec, self.overlay)
 
     # -- the contract --------------------------------------------------------------------------
@@ -231,9 +233,10 @@ class QemuMachine:
 
     async def checkpoint(self, directory: Path, name: str,
                          while_still: Callable[[], None]) -> Checkpoint:
-        suspended = self._status is Status.SUSPENDED
-        return await self._saver.take(self._running_monitor(), directory, name, while_still,
-                                      suspended=suspended)
+        monitor = self._running_monitor()
+        async with self._checkpointing:
+            return await self._saver.take(monitor, directory, name, while_still,
+                                          lambda: self._status is Status.SUSPENDED)
 
     async def set_priority(self, priority: Priority) -> None:
         processors = await self._running_monitor().execute("query-cpus-fast")
@@ -272,14 +275,17 @@ class QemuMachine:
     async def suspend(self) -> None:
         if self._status is Status.SUSPENDED:
             return
-        await self._running_monitor().execute("stop")
-        self._status = Status.SUSPENDED
+        monitor = self._running_monitor()
+        self._status = Status.SUSPENDED  # a checkpoint under way must not let it go on
+        await monitor.execute("stop")
 
     async def resume(self) -> None:
         if self._status is Status.RUNNING:
             return
-        await self._running_monitor().execute("cont")
-        self._status = Status.RUNNING
+        monitor = self._running_monitor()
+        async with self._checkpointing:
+            await monitor.execute("cont")
+            self._status = Status.RUNNING
 
     async def stop(self) -> None:
         if self._process is None or self._ended is None:

@@ -108,13 +108,17 @@ class Saver:
             self._nodes = {name: f"layer{n}" for n, name in enumerate(self._state.layers)}
 
     async def take(self, monitor: Monitor, directory: Path, name: str,
-                   while_still: Callable[[], None], *, suspended: bool) -> Checkpoint:
-        """See `vmjob.machine.contract.Machine.checkpoint`."""
+                   while_still: Callable[[], None],
+                   suspended: Callable[[], bool]) -> Checkpoint:
+        """See `vmjob.machine.contract.Machine.checkpoint`.
+
+        ``suspended`` tells, at any time, whether the guest is to stand still afterwards.
+        """
         try:
             base = self._state
             if base is None:
                 base = await anyio.to_thread.run_sync(self._link_base, directory)
-            taking = _Taking(monitor, directory, name, self._table, base.memory)
+            taking = _Taking(monitor, directory, name, self._table, base.memory, suspended)
             disk = (f"disk-{name}", self._spec.directory / f"disk-{name}.qcow2")
             await self._add_disk(monitor, *disk)
             try:
@@ -125,7 +129,7 @@ class Saver:
                 while_still()
                 table, devices, machine_type = await taking.finish()
             finally:
-                still = await taking.end(go_on=not suspended)
+                still = await taking.end()
                 if self._active != disk:
                     await _remove_disk(monitor, *disk)
             keep = functools.partial(self._keep, directory, name, base, table, devices,
@@ -178,7 +182,8 @@ class _Taking:
     """One checkpoint's memory and devices, on their way from QEMU to the disk."""
 
     def __init__(self, monitor: Monitor, directory: Path, name: str, table: PageTable | None,
-                 memory: str | None) -> None:
+                 memory: str | None, suspended: Callable[[], bool]) -> None:
+        self._suspended = suspended
         self._monitor = monitor
         self._directory = directory
         self._name = name
@@ -187,7 +192,6 @@ class _Taking:
         self._writer: PageWriter | None = None
         self._reader = Reader(self._begin)
         self._reading: asyncio.Future[None] | None = None
-        self._before = monitor.stopped_at
         self._finished = False
 
     @property
@@ -227,24 +231,21 @@ class _Taking:
         return (self._table, _Devices(reader.head, reader.section, reader.tail),
                 reader.machine_type)
 
-    async def end(self, *, go_on: bool) -> float:
+    async def end(self) -> float:
         """Whatever has happened, let the guest go on; how long it stood still, seconds."""
-        monitor = self._monitor
-        with anyio.CancelScope(shield=True), contextlib.suppress(MachineError):
-            if not self._finished:
-                await monitor.execute("migrate_cancel")
-                await self._go_on()
-            if not go_on:
-                await monitor.execute("stop")
         if not self._finished:
             with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+                await self._monitor.execute("migrate_cancel")
+                await self._go_on()
                 await self._read_all()
             for path in self._directory.glob(f"{self._name}.*"):
                 path.unlink(missing_ok=True)
-        return max(0.0, monitor.resumed_at - monitor.stopped_at)
+        return max(0.0, self._monitor.resumed_at - self._monitor.stopped_at)
 
     async def _go_on(self) -> None:
         """Let the guest run; QEMU refuses while it still clears up behind a migration."""
+        if self._suspended():
+            return
         with anyio.fail_after(FINISH):
             while True:
                 try:

@@ -1,0 +1,221 @@
+"""Carrying one job for a command of the shell: signals, slots, the record at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from vmjob.cli.main import print_json, report
+from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, VmjobError
+from vmjob.job.model import Job
+from vmjob.machine.contract import Priority
+
+if TYPE_CHECKING:
+    from vmjob.engine.control import Control
+    from vmjob.engine.record import Record
+    from vmjob.engine.slot import Slot
+    from vmjob.grid.terminal import Terminal
+    from vmjob.home import Home
+
+__all__ = ["How", "carry", "leave"]
+
+MIB = 1 << 20
+Work = Callable[[], Coroutine[None, None, None]]
+#: The job's input, in its slot.
+STDIN = "stdin"
+
+
+@dataclass(frozen=True)
+class How:
+    """How a job is to be carried: the options that do not belong to the job itself."""
+
+    accel: str
+    cpu: str
+    cold: bool
+    stdin: str
+    slot: Path | None
+    every: float | None
+    slot_limit: int | None
+    stop_deadline: float
+    priority: Priority
+    keep: bool
+    as_json: bool
+    quiet: bool
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code, whatever its threads do."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    # Not sys.exit: a thread that waits for a terminal nobody types on would keep us here.
+    os._exit(code)
+
+
+async def carry(job: Job | None, how: How) -> int:
+    """Carry a job (None: that of the slot) to its end; its exit code.
+
+    SIGINT and SIGTERM end it, and its machine, at once; with a slot, SIGTERM first asks for a last
+    checkpoint. SIGTSTP suspends the machine with us, SIGCONT resumes both.
+    """
+    from vmjob.engine.control import Control
+    from vmjob.engine.record import Record
+    from vmjob.grid.terminal import OutputClosed
+    from vmjob.home import Home
+
+    control = Control()
+    signals = _Signals(control, how)
+    try:
+        with contextlib.ExitStack() as stack:
+            slot = None
+            if how.slot is not None:
+                slot, job, how, ended = _take_slot(stack, job, how)
+                if ended is not None:
+                    _show(ended, how.as_json)
+                    return ended.exit_code
+            assert job is not None
+            record = await _carry(Home(), job, how, slot, control, _terminal(stack, how))
+    except asyncio.CancelledError:
+        if how.slot is not None and not how.quiet:
+            click.echo(f"vmjob: stopped; continue with: vmjob run --resume {how.slot}", err=True)
+        return 128 + (signals.caught[0] if signals.caught else signal.SIGINT)
+    except OutputClosed:
+        return 128 + signal.SIGPIPE
+    except VmjobError as error:
+        record = Record(exit_code=error.exit_code, error=error.as_dict())
+    _show(record, how.as_json)
+    return record.exit_code
+
+
+async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Control,
+                 terminal: Terminal) -> Record:
+    from vmjob.engine.run import Request, Survival, run_job
+    from vmjob.machine.qemu.driver import QemuDriver
+    from vmjob.shape import doubt, machine_shape
+
+    terminal.phase("image")
+    shape, image, why = await machine_shape(
+        home, job.image, how.accel, memory_mb=job.memory_mb, cpus=job.cpus, disk_gb=job.disk_gb,
+        network=job.network, cpu=how.cpu, progress=terminal.building)
+    survival = None
+    if slot is not None:
+        survival = Survival(slot, how.every, how.slot_limit and how.slot_limit * MIB)
+    facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
+             "kernel": image.manifest.kernel_version}
+    request = Request(job, QemuDriver(), replace(shape, priority=how.priority), facts,
+                      hashes=how.as_json, cold=how.cold, survival=survival, control=control,
+                      keep=Path("vmjob-failed").absolute() if how.keep else None)
+    record = await run_job(home, request, terminal)
+    record.machine["accelerator_why"] = why
+    doubt(home, shape, record.error)
+    return record
+
+
+def _terminal(stack: contextlib.ExitStack, how: How) -> Terminal:
+    from vmjob.grid.terminal import Terminal
+
+    return stack.enter_context(Terminal(how.stdin, output_to_stderr=how.as_json, quiet=how.quiet))
+
+
+def _take_slot(stack: contextlib.ExitStack, job: Job | None,
+               how: How) -> tuple[Slot, Job, How, Record | None]:
+    """Own the slot: begin a job in it, or find the one to continue and what it was asked for."""
+    from vmjob.engine.slot import Asked, Slot
+
+    assert how.slot is not None
+    if job is None and not how.slot.is_dir():
+        raise SlotUnusable(f"there is no slot {how.slot}")
+    slot = stack.enter_context(Slot.claim(how.slot.absolute()))
+    if job is not None:
+        job.check()
+        if not slot.has_job:
+            _keep_input(how.stdin, slot.root / STDIN)
+        slot.begin(Asked(job, how.accel, how.cpu, how.every))
+    asked = slot.asked()
+    stdin = slot.root / STDIN
+    how = replace(how, accel=asked.accel, cpu=asked.cpu, every=asked.checkpoint_every,
+                  stdin=str(stdin) if stdin.exists() else "none")
+    return slot, asked.job, how, slot.result()
+
+
+def _keep_input(given: str, target: Path) -> None:
+    """Copy all of a job's input into its slot: it must be there when the job is continued."""
+    from vmjob.grid.terminal import open_input
+
+    fd = open_input(given)
+    if fd is None:
+        return
+    try:
+        with os.fdopen(fd, "rb", closefd=fd != 0) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+    except OSError as error:
+        kind = HostDiskFull if error.errno == 28 else InputMissing
+        raise kind(f"cannot keep the job's input in its slot: {error.strerror}") from error
+
+
+class _Signals:
+    """What SIGINT, SIGTERM, SIGHUP and SIGTSTP do to the job that the current task carries."""
+
+    def __init__(self, control: Control, how: How) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.caught: list[int] = []
+        self._task = task
+        self._control = control
+        self._deadline = how.stop_deadline if how.slot is not None else 0.0
+        self._loop = asyncio.get_running_loop()
+        self._work: set[asyncio.Task[None]] = set()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._end, number)
+        self._loop.add_signal_handler(signal.SIGTSTP, self._begin, self._suspend)
+
+    def _end(self, number: int) -> None:
+        first = not self.caught
+        self.caught.append(number)
+        if first and number == signal.SIGTERM and self._deadline:
+            self._begin(self._keep)
+        else:
+            self._task.cancel()
+
+    def _begin(self, work: Work) -> None:
+        task = self._loop.create_task(work())
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _keep(self) -> None:
+        try:
+            with contextlib.suppress(VmjobError):  # the checkpoints before it stay good
+                await self._control.checkpoint(self._deadline)
+        finally:
+            self._task.cancel()
+
+    async def _suspend(self) -> None:
+        """Stop as any program does at Ctrl-Z, the machine first."""
+        with contextlib.suppress(VmjobError):
+            await self._control.suspend()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        with contextlib.suppress(VmjobError):
+            await self._control.resume()
+
+
+def _show(record: Record, as_json: bool) -> None:
+    if as_json:
+        import msgspec
+
+        print_json(msgspec.to_builtins(record))
+    elif record.error is not None:
+        report(record.error)
+    elif record.kept:
+        click.echo(f"vmjob: the machine's logs are in {record.kept}", err=True)

@@ -1,0 +1,70 @@
+"""What whoever started a job may do to it while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import anyio
+
+from vmjob.engine.checkpointing import Checkpointer
+from vmjob.engine.clock import RunClock
+from vmjob.engine.generations import Generation
+from vmjob.engine.life import Life, State
+from vmjob.engine.session import Session
+
+__all__ = ["Control"]
+
+
+class Control:
+    """Suspend, resume and keep one job. Before its tasks run, and after, these do nothing."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[Session, RunClock, Life] | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._turn = anyio.Lock()
+
+    @contextlib.contextmanager
+    def attached(self, session: Session, clock: RunClock, life: Life,
+                 checkpointer: Checkpointer | None) -> Iterator[None]:
+        """The job's tasks run while the block does."""
+        self._parts, self._checkpointer = (session, clock, life), checkpointer
+        try:
+            yield
+        finally:
+            self._parts = self._checkpointer = None
+
+    async def suspend(self) -> bool:
+        """Stand still; true when the job does. Its clock stands still as well."""
+        async with self._turn:
+            if self._parts is None:
+                return False
+            session, clock, life = self._parts
+            await session.suspend()
+            clock.stop()
+            life.enter(State.SUSPENDED)
+            return True
+
+    async def resume(self) -> None:
+        """Go on after `suspend`."""
+        async with self._turn:
+            if self._parts is None:
+                return
+            session, clock, life = self._parts
+            if life.state is not State.SUSPENDED:
+                return
+            clock.go()
+            life.enter(State.RUN)
+            await session.resume()
+
+    async def checkpoint(self, deadline: float) -> Generation | None:
+        """Make a checkpoint within so many seconds; None when there was none to make, or no time.
+
+        Giving up is safe: the checkpoints before it stay good. Raises what `Checkpointer.take`
+        raises.
+        """
+        if self._checkpointer is None:
+            return None
+        with anyio.move_on_after(deadline):
+            return await self._checkpointer.take()
+        return None

@@ -1,0 +1,254 @@
+"""A job's checkpoints on disk: two generations, each whole or not there at all.
+
+    checkpoints/NNNNNN.json     the manifest of generation N: what it needs, sizes and checksums
+    checkpoints/...             the driver's files; several generations may need the same one
+    checkpoints/verified        which files were verified since this computer's start
+
+A generation exists once its manifest has its name. Before that, every file it needs is on the disk;
+nothing that it needs is changed afterwards. The generation before it is kept until the next one is
+there, so whatever a crash or a power cut spoils, one of the two is good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmjob.errors import CheckpointUnusable
+from vmjob.guest.client import TaskEnd
+from vmjob.home import remove_tree
+from vmjob.host import durable
+from vmjob.host.digest import digest
+from vmjob.host.facts import boot_id
+from vmjob.host.seal import read_seal, seal_of, write_seal
+from vmjob.machine.contract import Checkpoint, Saved
+
+__all__ = ["Generation", "Generations", "Progress"]
+
+#: Raise this when an older vmjob could not continue from what this one writes.
+FORMAT = 1
+#: Generations that are kept.
+KEPT = 2
+#: Digits of a generation's number in its names.
+DIGITS = 6
+#: Longest manifest, bytes.
+MAX_MANIFEST = 4 << 20
+MANIFEST = re.compile(r"(\d{6})\.json")
+VERIFIED = "verified"
+
+
+class File(msgspec.Struct, frozen=True):
+    """One file that a generation needs; ``sha256`` as `vmjob.host.digest.digest` has it."""
+
+    size: int
+    sha256: str
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a job was, as the engine knows it.
+
+    ``ends``: how its first tasks ended. ``number``: the agent's number of the task after those.
+    ``received``: bytes of that task's streams that came; ``position``: bytes of all tasks' streams
+    up to there. ``run_seconds`` of the job so far; ``messages_seen`` of its messages.
+    """
+
+    ends: list[TaskEnd]
+    number: int
+    received: dict[str, int]
+    position: dict[str, int]
+    run_seconds: float
+    messages_seen: int
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """The manifest: a checkpoint of the driver's, with what the engine must know to go on.
+
+    ``processor``: what the guest saw of this computer's processor ('' where it is emulated).
+    ``shape``: the part of the `MachineSpec` that the machine was made with.
+    """
+
+    format: int
+    number: int
+    created: float
+    driver: str
+    processor: str
+    shape: dict[str, Any]
+    state: dict[str, Any]
+    files: dict[str, File]
+    progress: Progress
+
+
+class _Sealed(msgspec.Struct, frozen=True):
+    """The manifest's file: its bytes, and their checksum."""
+
+    sha256: str
+    generation: msgspec.Raw
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What `Generations.publish` makes a generation of."""
+
+    number: int
+    created: float
+    driver: str
+    processor: str
+    shape: dict[str, Any]
+    progress: Progress
+
+
+class Generations:
+    """The generations in one directory; one process at a time may use it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def next_number(self) -> int:
+        """A number above every one that was ever used here."""
+        used = [int(path.name[:DIGITS]) for path in self.directory.iterdir()
+                if path.name[:DIGITS].isdecimal()]
+        return max(used, default=0) + 1
+
+    def publish(self, draft: Draft, checkpoint: Checkpoint) -> Generation:
+        """Make a checkpoint the newest generation; older ones but one are removed.
+
+        Raises `OSError`; the older generations are then as they were.
+        """
+        known: dict[str, File] = {}
+        for older in self._manifests():
+            with contextlib.suppress(CheckpointUnusable):
+                known.update(self._read(older).files)
+        files = {}
+        for name in checkpoint.files:
+            if name not in known:
+                durable.sync(self.directory / name)
+            files[name] = known.get(name) or self._describe(name)
+        generation = Generation(FORMAT, draft.number, draft.created, draft.driver, draft.processor,
+                                draft.shape, checkpoint.state, files, draft.progress)
+        name = f"{draft.number:0{DIGITS}}.json"
+        beside = self.directory / f"{name}.new"
+        durable.write(beside, _sealed(generation))
+        durable.sync(self.directory)  # the names of its files, before the name that needs them
+        durable.replace(beside, self.directory / name)
+        durable.sync(self.directory)
+        self.tidy()
+        self._seal(generation)
+        return generation
+
+    def newest_first(self) -> Iterator[Generation | CheckpointUnusable]:
+        """The generations that can be used, verified, and what is wrong with the others."""
+        for path in self._manifests():
+            try:
+                generation = self._read(path)
+                self.verify(generation)
+            except CheckpointUnusable as error:
+                yield error
+            else:
+                yield generation
+
+    def verify(self, generation: Generation) -> None:
+        """Raise `CheckpointUnusable` unless every file is what it was when it was written.
+
+        What was verified since this computer's start, and not touched since, is not read again.
+        """
+        seal = read_seal(self.directory / VERIFIED)
+        same_boot = isinstance(seal, dict) and seal.get("boot") == boot_id()
+        parts = seal.get("parts") if isinstance(seal, dict) and same_boot else None
+        for name, file in generation.files.items():
+            path = self.directory / name
+            try:
+                if "/" in name or path.is_symlink() or path.stat().st_size != file.size:
+                    raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
+                now = seal_of([(path, file.sha256)])["parts"]
+                if isinstance(parts, dict) and isinstance(now, dict) and \
+                        parts.get(name) == now[name]:
+                    continue
+                found = digest(path)
+            except OSError as error:
+                raise CheckpointUnusable(f"checkpoint {generation.number} cannot be read: "
+                                         f"{name}: {error.strerror}") from error
+            if found != file.sha256:
+                raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
+        self._seal(generation)
+
+    def condemn(self, number: int) -> None:
+        """Never use a generation again."""
+        durable.remove(self.directory / f"{number:0{DIGITS}}.json")
+
+    def saved(self, generation: Generation) -> Saved:
+        """What a driver continues from."""
+        return Saved(self.directory, generation.state)
+
+    def tidy(self) -> None:
+        """Remove all but the newest generations, and what a crash left half-made."""
+        needed = {VERIFIED}
+        kept = 0
+        for path in self._manifests():
+            if kept < KEPT:
+                with contextlib.suppress(CheckpointUnusable):
+                    needed |= {path.name, *self._read(path).files}
+                    kept += 1
+                    continue
+            durable.remove(path)
+        for path in self.directory.iterdir():
+            if path.name not in needed:
+                durable.remove(path)
+
+    def restart(self) -> None:
+        """Forget all generations: the job begins anew."""
+        for path in self._manifests():
+            durable.remove(path)
+        self.tidy()
+
+    def clear(self) -> None:
+        """Remove everything, the directory too."""
+        remove_tree(self.directory)
+
+    def disk_bytes(self) -> int:
+        """What all of it takes on the disk."""
+        return sum(path.lstat().st_blocks * 512 for path in self.directory.iterdir())
+
+    def _manifests(self) -> list[Path]:
+        return sorted((path for path in self.directory.iterdir()
+                       if MANIFEST.fullmatch(path.name)), reverse=True)
+
+    def _read(self, path: Path) -> Generation:
+        try:
+            with path.open("rb") as file:
+                sealed = msgspec.json.decode(file.read(MAX_MANIFEST), type=_Sealed)
+            if _checksum(sealed.generation) != sealed.sha256:
+                raise CheckpointUnusable(f"the checkpoint {path.stem} is damaged: its manifest")
+            generation = msgspec.json.decode(sealed.generation, type=Generation)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise CheckpointUnusable(
+                f"the checkpoint {path.stem} cannot be read: {error}") from error
+        if generation.format != FORMAT or generation.number != int(path.stem):
+            raise CheckpointUnusable(f"the checkpoint {path.stem} is of another version of vmjob")
+        return generation
+
+    def _describe(self, name: str) -> File:
+        path = self.directory / name
+        return File(path.stat().st_size, digest(path))
+
+    def _seal(self, generation: Generation) -> None:
+        with contextlib.suppress(OSError):  # then it is read again next time
+            write_seal(self.directory / VERIFIED,
+                       seal_of((self.directory / name, file.sha256)
+                               for name, file in generation.files.items()))
+
+
+def _sealed(generation: Generation) -> bytes:
+    raw = msgspec.json.encode(generation)
+    return msgspec.json.encode(_Sealed(_checksum(raw), msgspec.Raw(raw)))
+
+
+def _checksum(data: bytes | msgspec.Raw) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,211 @@
+"""The directory that a job runs in when it is to survive: everything of the job is inside it.
+
+    job.json            the job as it was asked for, and on what kind of machine
+    stdin               its input, whole
+    stdout, stderr      its output so far
+    checkpoints/        see `generations`
+    machine/            the machine, while one runs
+    result.json         the record, once the job has ended; checkpoints are gone then
+    lock, owner.json    held by the process that carries the job
+
+A slot has one owner; the kernel frees its lock when the owner dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import msgspec
+
+from vmjob.engine.generations import Generations
+from vmjob.engine.record import Record
+from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable
+from vmjob.home import remove_tree
+from vmjob.host import durable
+from vmjob.job.model import Job
+
+__all__ = ["Asked", "Slot", "Streams"]
+
+LOCK, OWNER, JOB, RESULT = "lock", "owner.json", "job.json", "result.json"
+STREAMS = ("stdout", "stderr")
+#: Longest file of ours that is read, bytes.
+MAX_FILE = 64 << 20
+
+T = TypeVar("T")
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a slot's job was asked for with; ``digest`` is that of its image."""
+
+    job: Job
+    accel: str = "auto"
+    cpu: str = "host"
+    checkpoint_every: float | None = None
+    digest: str = ""
+
+
+class Slot:
+    """A slot that is ours. Made by `claim`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.generations = Generations(root / "checkpoints")
+
+    @classmethod
+    @contextlib.contextmanager
+    def claim(cls, root: Path) -> Iterator[Slot]:
+        """Own a slot until the block ends; the directory is made when it is missing.
+
+        What a killed owner left of its machine is removed. Raises `Busy` when another process owns
+        it, `HomeUnusable`, `HostDiskFull`.
+        """
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
+                f"cannot use {root} as a slot: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"the slot {root} belongs to another vmjob process"
+                           f"{_owner(root)}") from None
+            (root / OWNER).write_text(json.dumps(
+                {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+            remove_tree(root / "machine")
+            slot = cls(root)
+            slot.generations.tidy()
+            yield slot
+            (root / OWNER).unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+
+    # -- the job ---------------------------------------------------------------------------------
+
+    @property
+    def has_job(self) -> bool:
+        return (self.root / JOB).exists()
+
+    def begin(self, asked: Asked) -> None:
+        """Write down what is to be done, before any of it is; raises `SlotUnusable`."""
+        if self.has_job:
+            raise SlotUnusable(f"the slot {self.root} has a job already",
+                               advice="Continue it with --resume, or give another directory.")
+        self._write(JOB, msgspec.json.encode(asked, enc_hook=str))
+
+    def asked(self) -> Asked:
+        """What is to be done; raises `SlotUnusable`."""
+        return self._read(JOB, Asked, "job")
+
+    def end(self, record: Record) -> None:
+        """The job has ended: keep its record, and nothing that it would be continued with."""
+        self._write(RESULT, msgspec.json.encode(record))
+        self.generations.clear()
+
+    def result(self) -> Record | None:
+        """The record of a job that has ended."""
+        if not (self.root / RESULT).exists():
+            return None
+        return self._read(RESULT, Record, "result")
+
+    @contextlib.contextmanager
+    def machine_place(self) -> Iterator[tuple[str, Path]]:
+        """A machine's id and directory, as `vmjob.engine.ownership.claim` gives them."""
+        directory = self.root / "machine"
+        remove_tree(directory)
+        try:
+            directory.mkdir(mode=0o700)
+        except OSError as error:
+            raise HostDiskFull(f"cannot make a machine's directory in {self.root}: "
+                               f"{error.strerror}") from error
+        try:
+            yield os.urandom(6).hex(), directory
+        finally:
+            remove_tree(directory)
+
+    def disk_bytes(self) -> int:
+        """What the slot takes on the disk, without the machine that runs in it."""
+        return self.generations.disk_bytes() + sum(
+            path.lstat().st_blocks * 512 for path in self.root.iterdir() if path.is_file())
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            durable.write(self.root / f"{name}.new", data)
+            durable.replace(self.root / f"{name}.new", self.root / name)
+            durable.sync(self.root)
+        except OSError as error:
+            raise HostDiskFull(f"cannot write {self.root / name}: {error.strerror}") from error
+
+    def _read(self, name: str, kind: type[T], what: str) -> T:
+        path = self.root / name
+        try:
+            with path.open("rb") as file:
+                return msgspec.json.decode(file.read(MAX_FILE), type=kind, dec_hook=_decoded)
+        except FileNotFoundError:
+            raise SlotUnusable(f"there is no {what} in the slot {self.root}") from None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise SlotUnusable(f"the {what} in the slot {self.root} cannot be read: "
+                               f"{error}") from error
+
+
+class Streams:
+    """A job's output in its slot."""
+
+    def __init__(self, slot: Slot, position: dict[str, int]) -> None:
+        """Open them and forget all after ``position``, which is done again.
+
+        Raises `HostDiskFull`; `SlotUnusable` when there is less than that.
+        """
+        self._files: dict[str, BinaryIO] = {}
+        with contextlib.ExitStack() as opened:
+            for name in STREAMS:
+                path = slot.root / name
+                try:
+                    file = opened.enter_context(path.open("ab", buffering=0))
+                    if file.tell() < position.get(name, 0):
+                        raise SlotUnusable(f"{path} is shorter than its checkpoint says")
+                    file.truncate(position.get(name, 0))
+                except OSError as error:
+                    raise HostDiskFull(f"cannot write {path}: {error.strerror}") from error
+                self._files[name] = file
+            opened.pop_all()
+
+    def write(self, stream: str, data: bytes) -> None:
+        """Append; raises `HostDiskFull`."""
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[self._files[stream].write(view):]
+        except OSError as error:
+            raise HostDiskFull(f"cannot write the job's {stream}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _decoded(kind: type, value: object) -> object:
+    if issubclass(kind, Path):
+        return kind(str(value))
+    raise NotImplementedError(kind)
+
+
+def _owner(root: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads((root / OWNER).read_text(encoding="utf-8"))
+        return f" (process {int(owner['pid'])})"
+    return ""
