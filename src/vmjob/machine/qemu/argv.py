@@ -29,7 +29,7 @@ KERNEL_ARGUMENTS = ("console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests", "
 #: The watchdog of the time stamp counter, which is QEMU's own clock, wakes an idle machine twice a
 #: second.
 #: Zeroing what the kernel allocates for itself, and asking security modules that have no policy,
-#: are 4 % of a command (docs/decisions/008-guest-hardening.md).
+#: cost 2 to 8 % of a command (docs/decisions/008-guest-hardening.md).
 TCG_KERNEL_ARGUMENTS = ("norandmaps", "mitigations=off", "tsc=reliable", "init_on_alloc=0",
                         "lsm=landlock,yama")
 
