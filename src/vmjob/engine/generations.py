@@ -71,7 +71,8 @@ class Generation(msgspec.Struct, frozen=True):
     """The manifest: a checkpoint of the driver's, with what the engine must know to go on.
 
     ``processor``: what the guest saw of this computer's processor ('' where it is emulated).
-    ``shape``: the part of the `MachineSpec` that the machine was made with.
+    ``shape``: the part of the `MachineSpec` that the machine was made with. ``still_seconds``: how
+    long the guest stood still for it; ``written_bytes``: of files that were new then.
     """
 
     format: int
@@ -83,6 +84,8 @@ class Generation(msgspec.Struct, frozen=True):
     state: dict[str, Any]
     files: dict[str, File]
     progress: Progress
+    still_seconds: float = 0.0
+    written_bytes: int = 0
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -132,7 +135,8 @@ class Generations:
                 durable.sync(self.directory / name)
             files[name] = known.get(name) or self._describe(name)
         generation = Generation(FORMAT, draft.number, draft.created, draft.driver, draft.processor,
-                                draft.shape, checkpoint.state, files, draft.progress)
+                                draft.shape, checkpoint.state, files, draft.progress,
+                                checkpoint.still_seconds, checkpoint.written_bytes)
         name = f"{draft.number:0{DIGITS}}.json"
         beside = self.directory / f"{name}.new"
         durable.write(beside, _sealed(generation))
