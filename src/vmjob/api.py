@@ -15,19 +15,23 @@ import os
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from vmjob.engine.generations import Progress
+from vmjob.engine.keeping import continued, keep, turn
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.errors import MachineError, TimeLimit, UsageError, WrongState
+from vmjob.engine.slot import AskedMachine, Slot
+from vmjob.errors import MachineError, SlotUnusable, TimeLimit, UsageError, WrongState
 from vmjob.guest.agent.wire import MAX_MESSAGES
-from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, TaskEnd
+from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, Stream, TaskEnd
 from vmjob.home import Home
 from vmjob.job.model import Job, Network, Task, check_guest_path
-from vmjob.machine.contract import Driver, MachineSpec, Status
+from vmjob.machine.contract import Driver, MachineSpec, Priority, Status
 
 __all__ = ["AsyncMachine", "Machine", "Result"]
 
@@ -74,8 +78,12 @@ class Result:
 class AsyncMachine:
     """A throw-away virtual machine whose agent answers. Make one with `create`."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, home: Home, slot: Slot | None) -> None:
         self._session: Session | None = session
+        self._home = home
+        self._slot = slot
+        #: What was odd so far, in words.
+        self.warnings: list[str] = []
         self._heard: deque[str] = deque(maxlen=MAX_MESSAGES)
         session.client.on_message(self._heard.append)
 
@@ -83,7 +91,8 @@ class AsyncMachine:
     @contextlib.asynccontextmanager
     async def create(cls, *, image: str = "default", memory_mb: int = 512, cpus: int = 1,
                      disk_gb: int = 10, network: str = "none", accel: str = "auto",
-                     cpu: str = "host", cold: bool = False, home: PathLike | None = None,
+                     cpu: str = "host", cold: bool = False, priority: str = "low",
+                     slot: PathLike | None = None, home: PathLike | None = None,
                      driver: Driver | None = None) -> AsyncIterator[AsyncMachine]:
         """A fresh machine; it is gone, with all that it wrote, when the block ends.
 
@@ -92,25 +101,74 @@ class AsyncMachine:
         ``cpu`` is ``host`` (the fastest), ``baseline`` (the same answers on every computer) or a
         model of the hypervisor. The first machine of a shape is frozen when it is ready, which
         takes some seconds; others start as its copies. With ``cold`` this one boots instead.
-        ``home`` defaults to ``VMJOB_HOME``. The default image is built when it is missing, which
-        takes a minute. Raises any `VmjobError` but a `JobError`.
+        With ``priority`` ``low`` its processors get what no other program wants; ``normal``: as
+        much as any. ``slot`` is a directory for `checkpoint`; what was kept there before is
+        forgotten (see `restore`). ``home`` defaults to ``VMJOB_HOME``. The default image is built
+        when it is missing, which takes a minute. Raises any `VmjobError` but a `JobError`.
         """
-        Job(tasks=(Task(("-",)),), memory_mb=memory_mb, cpus=cpus, disk_gb=disk_gb,
-            network=_network(network)).check()
+        asked = AskedMachine(image, memory_mb, cpus, disk_gb, network, accel, cpu)
+        with contextlib.ExitStack() as stack:
+            owned = None
+            if slot is not None:
+                owned = stack.enter_context(Slot.claim(Path(slot).absolute()))
+                owned.begin_machine(asked)
+            async with cls._opened(asked, priority, home, driver, owned, cold=cold) as machine:
+                yield machine
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def restore(cls, slot: PathLike, *, priority: str = "low", home: PathLike | None = None,
+                      driver: Driver | None = None) -> AsyncIterator[AsyncMachine]:
+        """The machine whose last `checkpoint` is in ``slot``; its commands go on.
+
+        When the newest checkpoint is damaged, it is the one before; `warnings` then says so. Raises
+        `SlotUnusable` when none is good, `Busy` when another process has the slot,
+        `ProcessorChanged`, and what `create` raises.
+        """
+        if not Path(slot).is_dir():
+            raise SlotUnusable(f"there is no slot {slot}")
+        with Slot.claim(Path(slot).absolute()) as owned:
+            async with cls._opened(owned.asked_machine(), priority, home, driver, owned, cold=False,
+                                   again=True) as machine:
+                yield machine
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def _opened(cls, asked: AskedMachine, priority: str, home: PathLike | None,
+                      driver: Driver | None, slot: Slot | None, *, cold: bool,
+                      again: bool = False) -> AsyncIterator[AsyncMachine]:
+        Job(tasks=(Task(("-",)),), memory_mb=asked.memory_mb, cpus=asked.cpus,
+            disk_gb=asked.disk_gb, network=_network(asked.network)).check()
         place = Home(home)
         if driver is None:
             from vmjob.machine.qemu.driver import QemuDriver
             from vmjob.shape import machine_shape
 
-            shape, _, _ = await machine_shape(place, image, accel, memory_mb=memory_mb, cpus=cpus,
-                                              disk_gb=disk_gb, network=network, cpu=cpu)
+            shape, _, _ = await machine_shape(
+                place, asked.image, asked.accel, memory_mb=asked.memory_mb, cpus=asked.cpus,
+                disk_gb=asked.disk_gb, network=asked.network, cpu=asked.cpu)
             driver = QemuDriver()
         else:
-            shape = MachineSpec(id="", directory=place.root, boot=None, memory_mb=memory_mb,
-                                cpus=cpus, disk_gb=disk_gb, network=network)
+            shape = MachineSpec(id="", directory=place.root, boot=None, memory_mb=asked.memory_mb,
+                                cpus=asked.cpus, disk_gb=asked.disk_gb, network=asked.network)
+        shape = replace(shape, priority=_priority(priority))
+        heard: list[str] = []
         try:
-            async with open_session(place, driver, shape, cold=cold) as session:
-                machine = cls(session)
+            async with contextlib.AsyncExitStack() as stack:
+                open_one = functools.partial(open_session, place, driver, cold=cold,
+                                             place=slot.machine_place if slot else None)
+                if again and slot is not None:
+                    found = await continued(stack, slot.generations, shape, open_one,
+                                            heard.append)
+                    if found is None:
+                        raise SlotUnusable(f"no checkpoint in {slot.root} is good"
+                                           + "".join(f"; {each}" for each in heard))
+                    session, generation = found
+                    session.client.continue_messages(generation.progress.messages_seen)
+                else:
+                    session = await stack.enter_async_context(open_one(shape))
+                machine = cls(session, place, slot)
+                machine.warnings += heard
                 try:
                     yield machine
                 finally:
@@ -138,29 +196,18 @@ class AsyncMachine:
             task = await session.client.start(
                 list(argv), stdin=stdin is not None, env=env, cwd=cwd, user=user, limits=limits,
                 wait=SHORT_COMMAND if stdin is None else 0.0)
-        caught = {"stdout": bytearray(), "stderr": bytearray()}
-        truncated = False
-
-        async def take(stream: str, data: bytes) -> None:
-            nonlocal truncated
-            room = CAPTURE_LIMIT - len(caught[stream])
-            caught[stream] += data[:room]
-            truncated = truncated or len(data) > room
-
         async with self._asking() as session:
-            end: TaskEnd | None = None
+            result: Result | None = None
             with anyio.move_on_after(timeout):
                 if stdin is None:
-                    end = await session.client.follow(task, take)
+                    result = await _followed(session, task)
                 else:
-                    end = await _fed(session, task, _source(stdin), take)
-            if end is None:
+                    result = await _fed(session, task, _source(stdin))
+            if result is None:
                 await session.client.signal(task, signal.SIGKILL, why="time-limit")
                 raise TimeLimit(f"{argv[0]!r} did not end within {timeout:g} seconds",
                                 advice="Raise the timeout, or give the command less to do.")
-            session.client.forget(task)
-        return Result(end.exit_code if end.exit_code is not None else 128 + (end.signal or 0),
-                      end.signal, bytes(caught["stdout"]), bytes(caught["stderr"]), truncated, end)
+            return result
 
     async def start(self, argv: Sequence[str], *, stdin: bool = False,
                     env: Mapping[str, str] | None = None, cwd: str | None = None,
@@ -169,6 +216,14 @@ class AsyncMachine:
         async with self._asking() as session:
             return await session.client.start(list(argv), stdin=stdin, env=env, cwd=cwd, user=user,
                                               limits=limits)
+
+    async def result(self, task: int, *, offsets: Mapping[Stream, int] | None = None) -> Result:
+        """Wait for a command that `start` began, here or before a `restore`, and return its end.
+
+        ``offsets``: how much of each stream was taken already, by a `result` that a crash cut off.
+        """
+        async with self._asking() as session:
+            return await _followed(session, task, offsets)
 
     async def stop(self, task: int, *, number: int = signal.SIGTERM) -> None:
         """Send a signal (SIGTERM by default) to all processes of a command."""
@@ -238,14 +293,37 @@ class AsyncMachine:
             return await session.client.ping()
 
     async def suspend(self) -> None:
-        """Stand still: no CPU is used, memory is kept."""
+        """Stand still: no CPU is used, memory is kept, no deadline comes nearer."""
         async with self._asking() as session:
-            await session.machine.suspend()
+            await session.suspend()
 
     async def resume(self) -> None:
-        """Go on after `suspend`."""
+        """Go on after `suspend`; the machine's clock is set."""
         async with self._asking() as session:
-            await session.machine.resume()
+            await session.resume()
+
+    async def checkpoint(self) -> int:
+        """Keep the machine as it is now in its slot, for `restore`, and go on; its number.
+
+        Memory, disk and commands are kept as they are at one instant, for which the guest stands
+        still some hundredths of a second. Raises `WrongState` for a machine without a slot,
+        `CheckpointFailed`, `HostDiskFull`; earlier checkpoints stay good.
+        """
+        async with self._asking() as session:
+            if self._slot is None:
+                raise WrongState("the machine was made without a slot")
+
+            def progress() -> Progress:
+                return Progress([], 0, {}, {}, 0.0, session.client.messages_seen)
+
+            async with turn(self._home):
+                generation = await keep(self._slot.generations, session, progress, _nothing, None)
+            return generation.number
+
+    async def set_priority(self, priority: str) -> None:
+        """``low``: the machine's processors get what no other program wants; ``normal``."""
+        async with self._asking() as session:
+            await session.machine.set_priority(_priority(priority))
 
     async def status(self) -> Status:
         """Where the machine is in its life."""
@@ -281,10 +359,38 @@ def _network(name: str) -> Network:
         raise UsageError(f"{name!r} is not a network: use none or nat") from None
 
 
-async def _fed(session: Session, task: int, source: Callable[[], Coroutine[Any, Any, bytes]],
-               take: Any) -> TaskEnd:
+def _priority(name: str) -> Priority:
+    try:
+        return Priority(name)
+    except ValueError:
+        raise UsageError(f"{name!r} is not a priority: use low or normal") from None
+
+
+async def _nothing() -> None: ...
+
+
+async def _followed(session: Session, task: int,
+                    offsets: Mapping[Stream, int] | None = None) -> Result:
+    """A command's end and what it wrote, as much as a `Result` holds."""
+    caught: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+    truncated = False
+
+    async def take(stream: Stream, data: bytes) -> None:
+        nonlocal truncated
+        room = CAPTURE_LIMIT - len(caught[stream])
+        caught[stream] += data[:room]
+        truncated = truncated or len(data) > room
+
+    end = await session.client.follow(task, take, offsets)
+    session.client.forget(task)
+    return Result(end.exit_code if end.exit_code is not None else 128 + (end.signal or 0),
+                  end.signal, bytes(caught["stdout"]), bytes(caught["stderr"]), truncated, end)
+
+
+async def _fed(session: Session, task: int,
+               source: Callable[[], Coroutine[Any, Any, bytes]]) -> Result:
     async with beside(session.client.feed(task, source)):
-        return await session.client.follow(task, take)
+        return await _followed(session, task)
 
 
 def _source(stdin: bytes | str | PathLike) -> Callable[[], Coroutine[Any, Any, bytes]]:
@@ -322,21 +428,39 @@ class Machine:
     @contextlib.contextmanager
     def create(cls, *, image: str = "default", memory_mb: int = 512, cpus: int = 1,
                disk_gb: int = 10, network: str = "none", accel: str = "auto", cpu: str = "host",
-               cold: bool = False, home: PathLike | None = None,
-               driver: Driver | None = None) -> Iterator[Machine]:
+               cold: bool = False, priority: str = "low", slot: PathLike | None = None,
+               home: PathLike | None = None, driver: Driver | None = None) -> Iterator[Machine]:
         """See `AsyncMachine.create`."""
+        making = functools.partial(
+            AsyncMachine.create, image=image, memory_mb=memory_mb, cpus=cpus, disk_gb=disk_gb,
+            network=network, accel=accel, cpu=cpu, cold=cold, priority=priority, slot=slot,
+            home=home, driver=driver)
+        with cls._opened(making) as machine:
+            yield machine
+
+    @classmethod
+    @contextlib.contextmanager
+    def restore(cls, slot: PathLike, *, priority: str = "low", home: PathLike | None = None,
+                driver: Driver | None = None) -> Iterator[Machine]:
+        """See `AsyncMachine.restore`."""
+        making = functools.partial(AsyncMachine.restore, slot, priority=priority, home=home,
+                                   driver=driver)
+        with cls._opened(making) as machine:
+            yield machine
+
+    @classmethod
+    @contextlib.contextmanager
+    def _opened(cls, making: Callable[[], AbstractAsyncContextManager[AsyncMachine]],
+                ) -> Iterator[Machine]:
         from anyio.from_thread import start_blocking_portal
 
-        with start_blocking_portal("asyncio") as portal:
-            making = AsyncMachine.create(image=image, memory_mb=memory_mb, cpus=cpus,
-                                         disk_gb=disk_gb, network=network, accel=accel, cpu=cpu,
-                                         cold=cold, home=home, driver=driver)
-            with portal.wrap_async_context_manager(making) as machine:
-                found = cls(portal, machine)
-                try:
-                    yield found
-                finally:
-                    found._open = False
+        with (start_blocking_portal("asyncio") as portal,
+              portal.wrap_async_context_manager(portal.call(making)) as machine):
+            found = cls(portal, machine)
+            try:
+                yield found
+            finally:
+                found._open = False
 
     def _call(self, method: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
         if not self._open:
@@ -357,6 +481,23 @@ class Machine:
         """See `AsyncMachine.start`."""
         return self._call(self._machine.start, argv, stdin=stdin, env=env, cwd=cwd, user=user,
                           limits=limits)
+
+    def result(self, task: int, *, offsets: Mapping[Stream, int] | None = None) -> Result:
+        """See `AsyncMachine.result`."""
+        return self._call(self._machine.result, task, offsets=offsets)
+
+    def checkpoint(self) -> int:
+        """See `AsyncMachine.checkpoint`."""
+        return self._call(self._machine.checkpoint)
+
+    def set_priority(self, priority: str) -> None:
+        """See `AsyncMachine.set_priority`."""
+        self._call(self._machine.set_priority, priority)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd so far, in words."""
+        return list(self._machine.warnings)
 
     def stop(self, task: int, *, number: int = signal.SIGTERM) -> None:
         """See `AsyncMachine.stop`."""

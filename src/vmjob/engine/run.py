@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 
-from vmjob.engine.checkpointing import Checkpointer, processor_of
+from vmjob.engine.checkpointing import Checkpointer
 from vmjob.engine.clock import RunClock
 from vmjob.engine.control import Control
 from vmjob.engine.generations import Generation
+from vmjob.engine.keeping import continued
 from vmjob.engine.life import Life, State
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.slot import Slot, Streams
 from vmjob.engine.work import Output, Work
 from vmjob.errors import (
-    CheckpointUnusable,
-    GuestError,
     JobError,
-    MachineError,
     OutputMissing,
-    ProcessorChanged,
     TimeLimit,
     VmjobError,
 )
@@ -142,41 +139,12 @@ async def _begun(home: Home, request: Request, grid: Grid,
         if slot is None:
             yield await stack.enter_async_context(open_one(request.shape)), None
             return
-        candidates = slot.generations.newest_first()
-        while (generation := await anyio.to_thread.run_sync(_next, candidates, grid)) is not None:
-            _check_processor(generation, request.shape)
-            shape = replace(request.shape, **generation.shape,
-                            saved=slot.generations.saved(generation))
-            try:
-                session = await stack.enter_async_context(open_one(shape))
-            except (MachineError, GuestError) as error:
-                grid.warning(f"checkpoint {generation.number} is given up: {error.message}")
-                slot.generations.condemn(generation.number)
-                continue
-            yield session, generation
+        found = await continued(stack, slot.generations, request.shape, open_one, grid.warning)
+        if found is not None:
+            yield found
             return
         slot.generations.restart()
         yield await stack.enter_async_context(open_one(request.shape)), None
-
-
-def _next(candidates: Iterator[Generation | CheckpointUnusable], grid: Grid) -> Generation | None:
-    """The next generation that is good; says what is wrong with others."""
-    for each in candidates:
-        if isinstance(each, Generation):
-            return each
-        grid.warning(each.message)
-    return None
-
-
-def _check_processor(generation: Generation, shape: MachineSpec) -> None:
-    """Refuse to continue a guest that was told of a processor which is not here."""
-    accelerator = str(generation.shape.get("accelerator"))
-    if accelerator != shape.accelerator:
-        raise ProcessorChanged(f"checkpoint {generation.number} was made with {accelerator}, which "
-                               f"is not what would be used here ({shape.accelerator})")
-    if generation.processor != processor_of(shape):
-        raise ProcessorChanged(f"checkpoint {generation.number} was made on another processor; the "
-                               "guest may be using what this one does not have")
 
 
 async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:

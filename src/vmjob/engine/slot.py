@@ -1,6 +1,7 @@
 """The directory that a job runs in when it is to survive: everything of the job is inside it.
 
-    job.json            the job as it was asked for, and on what kind of machine
+    job.json            the job as it was asked for, and on what kind of machine; in the slot of a
+                        machine without a job, machine.json
     stdin               its input, whole
     stdout, stderr      its output so far
     checkpoints/        see `generations`
@@ -33,9 +34,10 @@ from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.job.model import Job
 
-__all__ = ["Asked", "Slot", "Streams"]
+__all__ = ["Asked", "AskedMachine", "Slot", "Streams"]
 
 LOCK, OWNER, JOB, RESULT = "lock", "owner.json", "job.json", "result.json"
+MACHINE = "machine.json"
 STREAMS = ("stdout", "stderr")
 #: The copy of the job's input, which is made before the job is written down.
 STDIN = "stdin"
@@ -55,6 +57,18 @@ class Asked(msgspec.Struct, frozen=True):
     cpu: str = "host"
     checkpoint_every: float | None = None
     digest: str = ""
+
+
+class AskedMachine(msgspec.Struct, frozen=True):
+    """What a machine without a job was asked for with; see `vmjob.api.AsyncMachine.create`."""
+
+    image: str = "default"
+    memory_mb: int = 512
+    cpus: int = 1
+    disk_gb: int = 10
+    network: str = "none"
+    accel: str = "auto"
+    cpu: str = "host"
 
 
 class Slot:
@@ -136,6 +150,17 @@ class Slot:
     def asked(self) -> Asked:
         """What is to be done; raises `SlotUnusable`."""
         return self._read(JOB, Asked, "job")
+
+    def begin_machine(self, asked: AskedMachine) -> None:
+        """The slot is for a machine, a new one; raises `SlotUnusable` when it has a job."""
+        if self.has_job:
+            raise SlotUnusable(f"the slot {self.root} has a job", advice="Give another directory.")
+        self.generations.restart()
+        self._write(MACHINE, msgspec.json.encode(asked))
+
+    def asked_machine(self) -> AskedMachine:
+        """What its machine was asked for with; raises `SlotUnusable`."""
+        return self._read(MACHINE, AskedMachine, "machine")
 
     def end(self, record: Record) -> None:
         """The job has ended: keep its record, and nothing that it would be continued with."""

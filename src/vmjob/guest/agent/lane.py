@@ -128,7 +128,8 @@ class Lane:
             self._loop.unwatch(self._fd)
             self._closed()
             return
-        for one in self._parser.feed(b"".join(self._pages)[:got]):
+        used = self._pages[:-(-got // PAGE)]
+        for one in self._parser.feed(b"".join(used)[:got]):
             if self._answering or self._out:
                 # No pipelining: the host has given up on the exchange that is under way.
                 self._answering = False

@@ -201,6 +201,8 @@ class Agent:
         wait = min(float(asked.get("wait_seconds") or 0), MAX_START_WAIT)
         self._heard_before = int(asked.get("messages_after") or 0)
         task = self.table.start(asked)
+        if self._waiting is not None:
+            self._tell()  # who waits for news of the others wants to ask for this one's as well
         if wait <= 0 or self._ended(task):
             return self._started(task)
         self._starting = task

@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .place import Account, write_file
 
@@ -43,7 +43,7 @@ class Limits:
         self.file_bytes = file_bytes
 
 
-def start(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],
+def start(argv: list[str], env: dict[str, str], cwd: str, stdio: Sequence[int],
           account: Account | None, limits: Limits, cgroup: str | None, *, alone: bool) -> int:
     """Start a program; its pid once it runs. The caller reaps it. Raises `CannotStart`.
 
@@ -71,21 +71,18 @@ def start(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int,
     return pid
 
 
-def _spawn(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],
+def _spawn(argv: list[str], env: dict[str, str], cwd: str, stdio: Sequence[int],
            account: Account | None) -> int:
     """By posix_spawn, which is a vfork: the agent itself is the user, and in ``cwd``, meanwhile."""
     actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
-    # The C library looks for it in our PATH, which is nearly always the task's as well.
-    ours = env.get("PATH") == os.environ.get("PATH")
     with _acting_as(account), contextlib.chdir(cwd):
-        if ours:
-            return os.posix_spawnp(argv[0], argv, env, file_actions=actions, setsid=True,
-                                   setsigdef=DEFAULT_SIGNALS)
+        # Not posix_spawnp, which tries execve in each directory: one that fails has made, and
+        # drops, a whole address space.
         return os.posix_spawn(_found(argv[0], env), argv, env, file_actions=actions, setsid=True,
                               setsigdef=DEFAULT_SIGNALS)
 
 
-def _fork(argv: list[str], env: dict[str, str], cwd: str, stdio: tuple[int, int, int],
+def _fork(argv: list[str], env: dict[str, str], cwd: str, stdio: Sequence[int],
           account: Account | None) -> int:
     """By fork, because the child has to change its user by itself."""
     assert account is not None

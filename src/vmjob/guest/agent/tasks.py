@@ -8,6 +8,7 @@ is made. (Orphans go to process 1, which reaps them.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -93,15 +94,17 @@ class TaskTable:
                 outer.append(writer)
                 task.stdin = writer
             else:
-                inner.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+                reader = _nothing()
+            stdio = [reader]
             for stream in task.windows:
                 reader, writer = os.pipe2(os.O_CLOEXEC)
                 inner.append(writer)
                 outer.append(reader)
+                stdio.append(writer)
                 os.set_blocking(reader, False)
                 task.pipes[stream] = reader
-            task.pid = spawn.start(asked["argv"], env, cwd, (inner[0], inner[1], inner[2]),
-                                   account, _limits(limits), task.cgroup,
+            task.pid = spawn.start(asked["argv"], env, cwd, stdio, account, _limits(limits),
+                                   task.cgroup,
                                    alone=all(old.exit for old in self.tasks.values()))
         except BaseException:
             for fd in outer:
@@ -118,7 +121,6 @@ class TaskTable:
         self._loop.watch(pidfd, READ, lambda events: self._exited(task, pidfd))
         if task.cpu_seconds and task.cgroup:
             self._loop.later(("cpu", task.id), LIMIT_PERIOD, lambda: self._enforce_cpu(task))
-        self._changed()
         return task
 
     def signal(self, task: Task, number: int, why: str | None = None) -> None:
@@ -351,6 +353,12 @@ class TaskTable:
             if _cpu_seconds(task.cgroup) > task.cpu_seconds:
                 self.signal(task, signal.SIGKILL, "cpu-limit")
             self._loop.later(("cpu", task.id), LIMIT_PERIOD, lambda: self._enforce_cpu(task))
+
+
+@functools.cache
+def _nothing() -> int:
+    """The input of commands that get none."""
+    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _cpu_seconds(cgroup: str) -> float:

@@ -29,7 +29,10 @@ KERNEL_ARGUMENTS = ("console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests", "
 #: See docs/decisions/002-guest-address-randomization.md.
 #: The watchdog of the time stamp counter, which is QEMU's own clock, wakes an idle machine twice a
 #: second.
-TCG_KERNEL_ARGUMENTS = ("norandmaps", "mitigations=off", "tsc=reliable")
+#: Zeroing what the kernel allocates for itself, and asking security modules that have no policy,
+#: cost 2 to 8 % of a command (docs/decisions/008-guest-hardening.md).
+TCG_KERNEL_ARGUMENTS = ("norandmaps", "mitigations=off", "tsc=reliable", "init_on_alloc=0",
+                        "lsm=landlock,yama")
 
 #: q35 without what no job needs. microvm boots 0.4 s faster, but 3 of 8 boots of Debian's kernel
 #: hung under TCG (docs/decisions/001-machine-type.md).

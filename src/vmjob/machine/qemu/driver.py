@@ -121,6 +121,7 @@ class QemuMachine:
         self._ended: asyncio.Task[Ended] | None = None
         #: Held while a checkpoint is made: the guest is then let go on by who makes it.
         self._checkpointing = anyio.Lock()
+        self._merging: asyncio.Future[None] | None = None
         self._saver = saving.Saver(spec, self.overlay)
 
     # -- the contract --------------------------------------------------------------------------
@@ -235,8 +236,20 @@ class QemuMachine:
                          while_still: Callable[[], None]) -> Checkpoint:
         monitor = self._running_monitor()
         async with self._checkpointing:
-            return await self._saver.take(monitor, directory, name, while_still,
-                                          lambda: self._status is Status.SUSPENDED)
+            await self._end_merging(patience=saving.MERGE_PATIENCE if self._saver.crowded else 0)
+            try:
+                return await self._saver.take(monitor, directory, name, while_still,
+                                              lambda: self._status is Status.SUSPENDED)
+            finally:
+                self._merging = asyncio.ensure_future(self._saver.merge(monitor, directory))
+
+    async def _end_merging(self, patience: float = 0) -> None:
+        """Give up a merging of disk layers that is not over by then; the next one does its work."""
+        if self._merging is not None:
+            await asyncio.wait([self._merging], timeout=patience)
+            self._merging.cancel()
+            await asyncio.gather(self._merging, return_exceptions=True)
+            self._merging = None
 
     async def set_priority(self, priority: Priority) -> None:
         processors = await self._running_monitor().execute("query-cpus-fast")
@@ -293,6 +306,7 @@ class QemuMachine:
                 self._status = Status.STOPPED
             return
         self._asked_to_end = True
+        await self._end_merging()
         # A throw-away machine has nothing to save; SIGKILL cannot be blocked or delayed.
         self._kill()
         with anyio.CancelScope(shield=True), anyio.fail_after(KILL_DEADLINE):

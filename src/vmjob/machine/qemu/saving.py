@@ -4,8 +4,8 @@
                                     checkpoint is on another file system
     NAME.pages, NAME.index          memory (see `pages`)
     NAME.devices                    the state of all devices
-    NAME.disk, NAME-M.merged        layers of the machine's disk: one per checkpoint; several
-                                    become one when there are many
+    NAME.disk, NAME.merged          layers of the machine's disk: one per checkpoint; several
+                                    become one when there are many (see `merging`)
 
 The guest runs while its memory is written and stands still for the last changed pages, the devices
 and the change to a new layer of its disk.
@@ -31,7 +31,7 @@ import msgspec
 from vmjob.errors import CheckpointFailed, CheckpointUnusable, HostDiskFull, MachineError
 from vmjob.host.priority import lower_disk_priority
 from vmjob.machine.contract import Checkpoint, MachineSpec, Saved
-from vmjob.machine.qemu import argv, frozen
+from vmjob.machine.qemu import argv, frozen, merging
 from vmjob.machine.qemu.monitor import Monitor
 from vmjob.machine.qemu.pages import PageTable, PageWriter, read_index
 from vmjob.machine.qemu.stream import Block, Reader, StreamError, write
@@ -53,10 +53,12 @@ DOWNTIME = 5
 BUFFER = 4 << 20
 #: Seconds between two attempts to let the guest go on while QEMU clears up.
 CLEAR_UP = 0.001
-#: Layers of the disk that checkpoints add before they are merged.
-MAX_LAYERS = 8
-#: Seconds for merging layers before it is given up, to be tried after the next checkpoint.
-MERGE_DEADLINE = 600.0
+
+#: Seconds for which a checkpoint waits for a merging when there are far too many layers.
+MERGE_PATIENCE = 20.0
+#: The template's layer of the disk, and the end of the names of merged ones.
+TEMPLATE_LAYER = "layer0"
+MERGED = ".merged"
 
 CAPABILITIES = [{"capability": "x-ignore-shared", "state": False},
                 {"capability": "pause-before-switchover", "state": True},
@@ -100,6 +102,8 @@ class Saver:
         #: checkpoint directory yet.
         self._active = (argv.DISK, overlay)
         self._left: list[Path] = []
+        #: A merged layer that is not there yet either: whoever tidies up does not know it.
+        self._merged: Path | None = None
         #: Node of each layer by name, while QEMU knows it.
         self._nodes: dict[str, str] = {}
         if spec.saved is not None:
@@ -138,6 +142,37 @@ class Saver:
         except OSError as error:
             raise _failed(error) from error
 
+    @property
+    def crowded(self) -> bool:
+        """Whether there are so many layers that a checkpoint had better wait for their merging."""
+        return self._state is not None and len(self._state.layers) > 2 * merging.MAX_LAYERS
+
+    async def merge(self, monitor: Monitor, directory: Path) -> None:
+        """Make fewer layers of many; the next checkpoint is then made of those.
+
+        Cancelling it is safe. Raises `MachineError`, `OSError`.
+        """
+        state = self._state
+        if state is None or self._left or self._merged is not None:
+            return
+        added = [name for name in state.layers if name != TEMPLATE_LAYER]
+        first = merging.first_to_merge([(directory / name).stat().st_blocks for name in added])
+        if first is None:
+            return
+        old = added[first:]
+        rest = state.layers[:state.layers.index(old[0])]
+        merged = f"{Path(old[-1]).stem}{MERGED}"
+        made = self._spec.directory / f"{merged}.qcow2"
+        node = f"merged-{Path(old[-1]).stem}"
+        await merging.merge(monitor, [self._nodes[name] for name in old],
+                            self._nodes[rest[-1]] if rest else "base", self._active, (node, made),
+                            self._spec.disk_gb)
+        self._merged = made
+        for name in old:
+            del self._nodes[name]
+        self._nodes[merged] = node
+        self._state = _replaced(state, layers=[*rest, merged])
+
     async def _add_disk(self, monitor: Monitor, node: str, path: Path) -> None:
         await anyio.to_thread.run_sync(frozen.make_disk, path, self._spec.disk_gb)
         for options in argv.layer(node, str(path), "qcow2", read_only=False):
@@ -150,10 +185,10 @@ class Saver:
         _link(self._spec.boot.scratch, directory / "base")
         memory, layers = None, []
         if self._spec.template is not None:
-            memory, layers = "memory", ["layer0"]
+            memory, layers = "memory", [TEMPLATE_LAYER]
             _link(self._spec.template / frozen.MEMORY, directory / "memory")
-            _link(self._spec.template / frozen.OVERLAY, directory / "layer0")
-            self._nodes["layer0"] = "layer0"
+            _link(self._spec.template / frozen.OVERLAY, directory / TEMPLATE_LAYER)
+            self._nodes[TEMPLATE_LAYER] = "layer0"
         return _State(FORMAT, "", "root", "base", memory, layers, [], "", "")
 
     def _keep(self, directory: Path, name: str, base: _State, table: PageTable, devices: _Devices,
@@ -164,6 +199,9 @@ class Saver:
         table.write_index(index)
         state.write_bytes(msgspec.msgpack.encode(devices))
         layers = list(base.layers)
+        if self._merged is not None:
+            self._merged.rename(directory / self._merged.stem)
+            self._merged = None
         for number, path in enumerate(list(self._left)):
             kept = f"{name}-{number}.disk" if number else f"{name}.disk"
             path.rename(directory / kept)

@@ -1,0 +1,140 @@
+"""A machine and its generations: one made of a running machine, a machine continued from one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from vmjob.engine.generations import DIGITS, Draft, Generation, Generations, Progress
+from vmjob.engine.session import Session
+from vmjob.errors import (
+    CheckpointUnusable,
+    GuestError,
+    HostDiskFull,
+    MachineError,
+    ProcessorChanged,
+)
+from vmjob.home import Home
+from vmjob.host.facts import processor
+from vmjob.host.priority import lower_disk_priority
+from vmjob.machine.contract import MachineSpec
+
+__all__ = ["continued", "keep", "turn"]
+
+#: Seconds between looks at the lock that another machine's checkpoint holds.
+LOCK_PERIOD = 0.05
+#: Bytes that stay free on the disk whatever happens.
+LEFT_FREE = 64 << 20
+MIB = 1 << 20
+
+
+async def keep(generations: Generations, session: Session, progress: Callable[[], Progress],
+               settle: Callable[[], Awaitable[None]], room: int | None) -> Generation:
+    """Make the newest generation of a running machine, which goes on.
+
+    ``progress`` is called while the guest stands still; ``settle`` when it goes on again, and
+    before the generation counts. ``room``: bytes that it may take (None: what there is). Raises
+    `CheckpointFailed`, `HostDiskFull`; older generations stay good.
+    """
+    spec = session.machine.spec
+    _check_room(generations, spec, room)
+    number = generations.next_number()
+    noted: list[Progress] = []
+    checkpoint = await session.machine.checkpoint(
+        generations.directory, f"{number:0{DIGITS}}", lambda: noted.append(progress()))
+    await settle()
+    draft = Draft(number, time.time(), session.driver_name, _processor(spec), _shape(spec), *noted)
+
+    def publish() -> Generation:
+        lower_disk_priority()
+        return generations.publish(draft, checkpoint)
+
+    try:
+        return await anyio.to_thread.run_sync(publish)
+    except OSError as error:
+        raise HostDiskFull(f"a checkpoint could not be written: {error.strerror}") from error
+
+
+async def continued(
+        stack: contextlib.AsyncExitStack, generations: Generations, shape: MachineSpec,
+        open_one: Callable[[MachineSpec], AbstractAsyncContextManager[Session]],
+        warn: Callable[[str], None]) -> tuple[Session, Generation] | None:
+    """A machine that goes on from the newest generation that is good; None when none is.
+
+    What is wrong with others is told to ``warn``, and they are never tried again. Raises
+    `ProcessorChanged`: then nothing is given up.
+    """
+    candidates = generations.newest_first()
+    while (generation := await anyio.to_thread.run_sync(_next, candidates, warn)) is not None:
+        _check_processor(generation, shape)
+        saved = replace(shape, **generation.shape, saved=generations.saved(generation))
+        try:
+            return await stack.enter_async_context(open_one(saved)), generation
+        except (MachineError, GuestError) as error:
+            warn(f"checkpoint {generation.number} is given up: {error.message}")
+            generations.condemn(generation.number)
+    return None
+
+
+@contextlib.asynccontextmanager
+async def turn(home: Home) -> AsyncIterator[None]:
+    """One checkpoint at a time: two would share the disk, and both take twice as long."""
+    with (home.locks / "checkpoint").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await anyio.sleep(LOCK_PERIOD)
+        yield
+
+
+def _next(candidates: Iterator[Generation | CheckpointUnusable],
+          warn: Callable[[str], None]) -> Generation | None:
+    for each in candidates:
+        if isinstance(each, Generation):
+            return each
+        warn(each.message)
+    return None
+
+
+def _check_room(generations: Generations, spec: MachineSpec, room: int | None) -> None:
+    """Refuse to begin what would fill the disk, or break the limit of who owns it."""
+    directory: Path = generations.directory
+    most = spec.memory_mb * MIB
+    if shutil.disk_usage(directory).free < most + LEFT_FREE:
+        raise HostDiskFull(f"there is no room for another checkpoint in {directory}")
+    if room is not None and most > room:
+        raise HostDiskFull("another checkpoint might take more than the disk space that is left to "
+                           f"the job ({max(0, room) // MIB} MiB)")
+
+
+def _check_processor(generation: Generation, shape: MachineSpec) -> None:
+    """Refuse to continue a guest that was told of a processor which is not here."""
+    accelerator = str(generation.shape.get("accelerator"))
+    if accelerator != shape.accelerator:
+        raise ProcessorChanged(f"checkpoint {generation.number} was made with {accelerator}, which "
+                               f"is not what would be used here ({shape.accelerator})")
+    if generation.processor != _processor(shape):
+        raise ProcessorChanged(f"checkpoint {generation.number} was made on another processor; the "
+                               "guest may be using what this one does not have")
+
+
+def _shape(spec: MachineSpec) -> dict[str, object]:
+    """What a machine must be made with to continue from another's checkpoint."""
+    return {"memory_mb": spec.memory_mb, "cpus": spec.cpus, "disk_gb": spec.disk_gb,
+            "network": spec.network, "accelerator": spec.accelerator, "cpu_model": spec.cpu_model}
+
+
+def _processor(spec: MachineSpec) -> str:
+    """What a machine's guest sees of this computer's processor; '' where it is emulated."""
+    return processor() if spec.accelerator in ("kvm", "hvf", "whpx") else ""
