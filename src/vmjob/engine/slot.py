@@ -42,7 +42,8 @@ STREAMS = ("stdout", "stderr")
 #: The copy of the job's input, which is made before the job is written down.
 STDIN = "stdin"
 #: What there may be in a slot that has no job: of one who was killed before it had.
-BEFORE_JOB = frozenset({LOCK, OWNER, STDIN, f"{JOB}.new", "checkpoints"})
+BEFORE_JOB = frozenset({LOCK, OWNER, STDIN, f"{JOB}.new", f"{MACHINE}.new",
+                        "checkpoints"})
 #: Longest file of ours that is read, bytes.
 MAX_FILE = 64 << 20
 
@@ -121,10 +122,13 @@ class Slot:
 
         Raises `SlotUnusable`.
         """
-        if not self.has_job:
+        if self.has_job:
+            self.asked()
+        elif (self.root / MACHINE).exists():
+            self.asked_machine()
+        else:
             (self.root / STDIN).unlink(missing_ok=True)
             return
-        self.asked()
         remove_tree(self.root / "machine")
         if self.result() is not None:
             self.generations.clear()
@@ -271,7 +275,7 @@ def _check_ours(root: Path) -> None:
     except OSError:
         return  # whoever makes or opens it says what is wrong
     # The lock comes first: where it is not, the rest is of somebody else.
-    if JOB in found or not found or (LOCK in found and found <= BEFORE_JOB):
+    if not found or (LOCK in found and (found <= BEFORE_JOB or found & {JOB, MACHINE})):
         return
     raise SlotUnusable(f"the directory {root} is in use, and not by a job",
                        advice="Give a new or an empty directory.")

@@ -14,7 +14,7 @@ import pytest
 
 from vmjob.engine.generations import Draft, Generation, Progress
 from vmjob.engine.record import Record
-from vmjob.engine.slot import Asked, Slot, Streams
+from vmjob.engine.slot import Asked, AskedMachine, Slot, Streams
 from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable
 from vmjob.host import durable
 from vmjob.job.model import Input, Job, Network, OnFlood, Output, Task
@@ -133,11 +133,23 @@ def test_the_machine_of_an_owner_is_gone_when_it_is_done_with_it(root: Path) -> 
         assert not directory.exists()
 
 
+def test_the_slot_of_a_machine_without_a_job_is_tidied_as_well(root: Path) -> None:
+    with Slot.claim(root) as slot:
+        slot.begin_machine(AskedMachine(memory_mb=256))
+        publish(slot)
+    (root / "machine").mkdir()
+    (root / "checkpoints" / "000002.pages").write_text("half")
+    with Slot.claim(root) as slot:
+        assert slot.asked_machine() == AskedMachine(memory_mb=256)
+        assert not (root / "machine").exists()
+        assert names(root / "checkpoints") == {"000001.json", "000001.pages", "verified"}
+
+
 # -- what is not ours --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["checkpoints/model.bin", "machine/notes", "stdin", "thesis.tex",
-                                  "job.json", "result.json"])
+                                  "job.json", "machine.json", "result.json"])
 def test_a_directory_of_something_else_is_left_alone(root: Path, name: str) -> None:
     path = root / name
     path.parent.mkdir(parents=True)
