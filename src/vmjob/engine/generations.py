@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ KEPT = 2
 DIGITS = 6
 #: Longest manifest, bytes.
 MAX_MANIFEST = 4 << 20
-MANIFEST = re.compile(r"(\d{6})\.json")
+NUMBER = re.compile(rf"\d{{{DIGITS},}}")
+MANIFEST = re.compile(rf"(\d{{{DIGITS},}})\.json")
 VERIFIED = "verified"
 
 
@@ -113,12 +115,15 @@ class Generations:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        #: Manifests of generations that are no good: the next one must not be kept beside those.
+        self._bad: set[str] = set()
+        #: What was wrong with those that `tidy` removed, until somebody asks.
+        self._lost: list[CheckpointUnusable] = []
 
     def next_number(self) -> int:
         """A number above every one that was ever used here."""
-        used = [int(path.name[:DIGITS]) for path in self.directory.iterdir()
-                if path.name[:DIGITS].isdecimal()]
-        return max(used, default=0) + 1
+        used = [NUMBER.match(path.name) for path in self.directory.iterdir()]
+        return max((int(each[0]) for each in used if each), default=0) + 1
 
     def publish(self, draft: Draft, checkpoint: Checkpoint) -> Generation:
         """Make a checkpoint the newest generation; older ones but one are removed.
@@ -144,16 +149,19 @@ class Generations:
         durable.replace(beside, self.directory / name)
         durable.sync(self.directory)
         self.tidy()
-        self._seal(generation)
+        self._seal(generation, {name for name in files if name not in known})
         return generation
 
     def newest_first(self) -> Iterator[Generation | CheckpointUnusable]:
         """The generations that can be used, verified, and what is wrong with the others."""
+        lost, self._lost = self._lost, []
+        yield from lost
         for path in self._manifests():
             try:
                 generation = self._read(path)
                 self.verify(generation)
             except CheckpointUnusable as error:
+                self._bad.add(path.name)
                 yield error
             else:
                 yield generation
@@ -163,29 +171,28 @@ class Generations:
 
         What was verified since this computer's start, and not touched since, is not read again.
         """
-        seal = read_seal(self.directory / VERIFIED)
-        same_boot = isinstance(seal, dict) and seal.get("boot") == boot_id()
-        parts = seal.get("parts") if isinstance(seal, dict) and same_boot else None
+        parts = self._verified()
+        read = set()
         for name, file in generation.files.items():
             path = self.directory / name
             try:
                 if "/" in name or path.is_symlink() or path.stat().st_size != file.size:
                     raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
                 now = seal_of([(path, file.sha256)])["parts"]
-                if isinstance(parts, dict) and isinstance(now, dict) and \
-                        parts.get(name) == now[name]:
+                if isinstance(now, dict) and parts.get(name) == now[name]:
                     continue
                 found = digest(path)
+                read.add(name)
             except OSError as error:
                 raise CheckpointUnusable(f"checkpoint {generation.number} cannot be read: "
                                          f"{name}: {error.strerror}") from error
             if found != file.sha256:
                 raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
-        self._seal(generation)
+        self._seal(generation, read)
 
     def condemn(self, number: int) -> None:
         """Never use a generation again."""
-        durable.remove(self.directory / f"{number:0{DIGITS}}.json")
+        _discard(self.directory / f"{number:0{DIGITS}}.json")
 
     def saved(self, generation: Generation) -> Saved:
         """What a driver continues from."""
@@ -196,20 +203,23 @@ class Generations:
         needed = {VERIFIED}
         kept = 0
         for path in self._manifests():
-            if kept < KEPT:
-                with contextlib.suppress(CheckpointUnusable):
+            if kept < KEPT and path.name not in self._bad:
+                try:
                     needed |= {path.name, *self._read(path).files}
+                except CheckpointUnusable as error:
+                    self._lost.append(error)
+                else:
                     kept += 1
                     continue
-            durable.remove(path)
+            _discard(path)
         for path in self.directory.iterdir():
             if path.name not in needed:
-                durable.remove(path)
+                _discard(path)
 
     def restart(self) -> None:
         """Forget all generations: the job begins anew."""
         for path in self._manifests():
-            durable.remove(path)
+            _discard(path)
         self.tidy()
 
     def clear(self) -> None:
@@ -222,11 +232,14 @@ class Generations:
 
     def _manifests(self) -> list[Path]:
         return sorted((path for path in self.directory.iterdir()
-                       if MANIFEST.fullmatch(path.name)), reverse=True)
+                       if MANIFEST.fullmatch(path.name)),
+                      key=lambda path: int(path.stem), reverse=True)
 
     def _read(self, path: Path) -> Generation:
         try:
-            with path.open("rb") as file:
+            # What is no plain file was not written by us; a pipe must not keep us waiting.
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                                   | os.O_NONBLOCK), "rb") as file:
                 sealed = msgspec.json.decode(file.read(MAX_MANIFEST), type=_Sealed)
             if _checksum(sealed.generation) != sealed.sha256:
                 raise CheckpointUnusable(f"the checkpoint {path.stem} is damaged: its manifest")
@@ -242,11 +255,33 @@ class Generations:
         path = self.directory / name
         return File(path.stat().st_size, digest(path))
 
-    def _seal(self, generation: Generation) -> None:
+    def _verified(self) -> dict[str, Any]:
+        """What was verified since this computer's start, by name, as it was then."""
+        seal = read_seal(self.directory / VERIFIED)
+        if isinstance(seal, dict) and seal.get("boot") == boot_id():
+            parts = seal.get("parts")
+            return parts if isinstance(parts, dict) else {}
+        return {}
+
+    def _seal(self, generation: Generation, read: set[str]) -> None:
+        """Remember that its files are good: those just ``read``, and those under an older seal."""
         with contextlib.suppress(OSError):  # then it is read again next time
-            write_seal(self.directory / VERIFIED,
-                       seal_of((self.directory / name, file.sha256)
-                               for name, file in generation.files.items()))
+            before = self._verified()
+            seal = seal_of((self.directory / name, file.sha256)
+                           for name, file in generation.files.items())
+            parts = seal["parts"]
+            assert isinstance(parts, dict)
+            seal["parts"] = {name: part for name, part in parts.items()
+                             if name in read or before.get(name) == part}
+            write_seal(self.directory / VERIFIED, seal)
+
+
+def _discard(path: Path) -> None:
+    """Remove what is not needed, whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        durable.remove(path)
 
 
 def _sealed(generation: Generation) -> bytes:
