@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from vmjob.engine.generations import Progress
 from vmjob.engine.keeping import continued, keep, turn
+from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.slot import AskedMachine, Slot
 from vmjob.errors import MachineError, SlotUnusable, TimeLimit, UsageError, WrongState

@@ -22,8 +22,8 @@ from typing import Any
 
 import msgspec
 
+from vmjob.engine.progress import Progress
 from vmjob.errors import CheckpointUnusable
-from vmjob.guest.client import TaskEnd
 from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.host.digest import digest
@@ -31,7 +31,7 @@ from vmjob.host.facts import boot_id
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.machine.contract import Checkpoint, Saved
 
-__all__ = ["Generation", "Generations", "Progress"]
+__all__ = ["Draft", "Generation", "Generations"]
 
 #: Raise this when an older vmjob could not continue from what this one writes.
 FORMAT = 1
@@ -51,22 +51,6 @@ class File(msgspec.Struct, frozen=True):
 
     size: int
     sha256: str
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """How far a job was, as the engine knows it.
-
-    ``ends``: how its first tasks ended. ``number``: the agent's number of the task after those.
-    ``received``: bytes of that task's streams that came; ``position``: bytes of all tasks' streams
-    up to there. ``run_seconds`` of the job so far; ``messages_seen`` of its messages.
-    """
-
-    ends: list[TaskEnd]
-    number: int
-    received: dict[str, int]
-    position: dict[str, int]
-    run_seconds: float
-    messages_seen: int
 
 
 class Generation(msgspec.Struct, frozen=True):
