@@ -21,6 +21,8 @@ __all__ = ["Monitor"]
 DEADLINE = 30.0
 #: Commands and events kept for a failure report.
 TRANSCRIPT = 500
+#: A migration's states in their order; others mean that it failed.
+PROGRESS = ("none", "setup", "active", "pre-switchover", "device", "completed")
 #: Seconds between looks at a state that is being written.
 MIGRATION_PERIOD = 0.01
 
@@ -47,9 +49,10 @@ class Monitor:
         #: How far the writing or loading of the machine's state is, in QEMU's words.
         self._migration = "none"
         self._migration_moved = asyncio.Event()
-        #: When the guest was last stopped and let go on: seconds by this computer's clock, told by
-        #: QEMU itself.
-        self.stopped_at = self.resumed_at = 0.0
+        #: When the guest was stopped: seconds by this computer's clock, told by QEMU itself.
+        self._stopped_at: float | None = None
+        #: Seconds for which it stood still in all, while somebody waited for it to go on.
+        self.stood_still = 0.0
         # A connection that fails is disconnected by the client itself, which does not bear a second
         # one who does the same.
         self._connecting = anyio.Lock()
@@ -72,10 +75,12 @@ class Monitor:
             data: dict[str, Any] = event.get("data", {})
             self._note("event", event)
             if event.get("event") == "RESUME":
-                self.resumed_at = _when(event)
+                if self._stopped_at is not None:
+                    self.stood_still += max(0.0, _when(event) - self._stopped_at)
+                self._stopped_at = None
                 self._resumed.set()
             elif event.get("event") == "STOP":
-                self.stopped_at = _when(event)
+                self._stopped_at = _when(event)
             elif event.get("event") == "MIGRATION":
                 self._migration = str(data.get("status"))
                 self._migration_moved.set()
@@ -105,17 +110,17 @@ class Monitor:
         raise MachineError("QEMU did not write the machine's state in time")
 
     async def migration_reaches(self, status: str, deadline: float) -> bool:
-        """Wait until the migration is that far, or over; false after ``deadline`` seconds.
+        """Wait until the migration is that far or further; false after ``deadline`` seconds.
 
         Needs QEMU's capability ``events``. Raises `MachineError` when it fails.
         """
         with anyio.move_on_after(deadline):
-            while self._migration not in (status, "completed"):
-                if self._migration in ("failed", "cancelled"):
-                    raise MachineError(f"QEMU could not move the machine's state: "
-                                       f"{self._migration}")
+            while status not in PROGRESS[:PROGRESS.index(self._migration) + 1]:
                 self._migration_moved.clear()
                 await self._migration_moved.wait()
+                if self._migration not in PROGRESS:
+                    raise MachineError(f"QEMU could not move the machine's state: "
+                                       f"{self._migration}")
             return True
         return False
 

@@ -185,14 +185,14 @@ class _Template:
         self.size = os.fstat(self._fd).st_size
         #: Per page: 0 where the file has a hole. Most is holes; to look into each costs more than
         #: all else that is done for a page of zeros.
-        self._has_data = _pages_with_data(self._fd, self.size)
+        self.has_data = _pages_with_data(self._fd, self.size)
 
     def is_zeros(self, number: int) -> bool:
-        return not self._has_data[number] or self.page(number) == _ZERO_PAGE
+        return not self.has_data[number] or self.page(number) == _ZERO_PAGE
 
     def is_like(self, number: int, data: memoryview) -> bool:
         """Whether a page has just these bytes, which are not all zeros."""
-        return bool(self._has_data[number]) and self.page(number) == bytes(data)
+        return bool(self.has_data[number]) and self.page(number) == bytes(data)
 
     def page(self, number: int) -> bytes:
         return os.pread(self._fd, PAGE, number * PAGE)
@@ -295,6 +295,17 @@ class PageWriter:
             self._gathered[at:at + PAGE] = data
         else:
             _write_all(self._file.fileno(), data, slot * PAGE)
+
+    def late_page(self, block: int, count: int) -> int:
+        """The page of a block behind which about ``count`` pages have data."""
+        places = self._table.places[block]
+        has_data = self._template.has_data if self._template and block == self._templated else b""
+        for number in range(len(places) - 1, -1, -1):
+            if places[number] >= IN_FILE or (number < len(has_data) and has_data[number]):
+                count -= 1
+                if not count:
+                    return number
+        return len(places) * 15 // 16  # nobody knows yet
 
     def flush(self) -> None:
         """Write what was gathered; raises `OSError`."""

@@ -7,13 +7,11 @@
     NAME.disk, NAME.merged          layers of the machine's disk: one per checkpoint; several
                                     become one when there are many (see `merging`)
 
-The guest runs while its memory is written and stands still for the last changed pages, the devices
-and the change to a new layer of its disk.
+How the memory is written while the guest runs is in `taking`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import os
@@ -34,44 +32,20 @@ from vmjob.host.priority import lower_disk_priority
 from vmjob.machine.contract import Checkpoint, MachineSpec, Saved
 from vmjob.machine.qemu import argv, frozen, merging
 from vmjob.machine.qemu.monitor import Monitor
-from vmjob.machine.qemu.pages import PageTable, PageWriter, read_index
-from vmjob.machine.qemu.stream import Block, Reader, StreamError, write
+from vmjob.machine.qemu.pages import PageTable, read_index
+from vmjob.machine.qemu.stream import write
+from vmjob.machine.qemu.taking import Devices, Missed, Taking
 
 __all__ = ["Opened", "Saver", "opened"]
 
 #: Raise this when a checkpoint cannot be read by an older vmjob.
 FORMAT = 1
-#: Seconds in which memory that keeps changing must have been caught up with; then the guest is
-#: stopped for as long as it takes.
-CATCH_UP = 10.0
-#: Seconds for what is left when the guest stands still.
-FINISH = 60.0
-#: What QEMU may write in a second, bytes: it is the reader that is slow.
-BANDWIDTH = 1 << 40
-#: Milliseconds for which the guest may stand still for the last changed pages.
-DOWNTIME = 5
-#: Bytes of the socket's buffer, and read at once.
-BUFFER = 4 << 20
-#: Seconds between two attempts to let the guest go on while QEMU clears up.
-CLEAR_UP = 0.001
 
 #: Seconds for which a checkpoint waits for a merging when there are far too many layers.
 MERGE_PATIENCE = 20.0
 #: The template's layer of the disk, and the end of the names of merged ones.
 TEMPLATE_LAYER = "layer0"
 MERGED = ".merged"
-
-CAPABILITIES = [{"capability": "x-ignore-shared", "state": False},
-                {"capability": "pause-before-switchover", "state": True},
-                {"capability": "events", "state": True}]
-
-
-class _Devices(msgspec.Struct, frozen=True):
-    """On disk, packed (which brings a checksum): what is before and behind a stream's pages."""
-
-    head: bytes
-    section: bytes
-    tail: bytes
 
 
 class _State(msgspec.Struct):
@@ -129,23 +103,27 @@ class Saver:
             base = self._state
             if base is None:
                 base = await anyio.to_thread.run_sync(self._link_base, directory)
-            taking = _Taking(monitor, directory, name, self._table, base.memory, suspended)
             # Not by the checkpoint's name: when it fails too late, its disk is in use all the same.
             self._disks += 1
             node = f"disk{self._disks}"
             disk = (node, self._spec.directory / f"{node}.qcow2")
             await self._add_disk(monitor, *disk)
+            before = monitor.stood_still
             try:
-                await taking.catch_up()
-                await monitor.execute("blockdev-snapshot", node=self._active[0], overlay=disk[0])
-                self._left.append(self._active[1])
-                self._nodes[self._active[1].name], self._active = self._active[0], disk
-                while_still()
-                table, devices, machine_type = await taking.finish()
+                taking = await self._caught_up(monitor, directory, name, base.memory, suspended)
+                try:
+                    await monitor.execute("blockdev-snapshot", node=self._active[0],
+                                          overlay=disk[0])
+                    self._left.append(self._active[1])
+                    self._nodes[self._active[1].name], self._active = self._active[0], disk
+                    while_still()
+                    table, devices, machine_type = await taking.finish()
+                finally:
+                    await taking.end()
             finally:
-                still = await taking.end()
                 if self._active != disk:
                     await _remove_disk(monitor, *disk)
+            still = monitor.stood_still - before
             keep = functools.partial(self._keep, directory, name, base, table, devices,
                                      machine_type, still, taking.written_bytes)
             return await anyio.to_thread.run_sync(keep)
@@ -155,6 +133,23 @@ class Saver:
             raise
         except MachineError as error:
             raise CheckpointFailed(f"no checkpoint was made: {error.message}") from error
+
+    async def _caught_up(self, monitor: Monitor, directory: Path, name: str, memory: str | None,
+                         suspended: Callable[[], bool]) -> Taking:
+        """All memory but the last changes is written, and the guest stands still."""
+        for live in (True, False):
+            taking = Taking(monitor, directory, name, self._table,
+                            directory / memory if memory else None, suspended)
+            try:
+                await taking.catch_up(live=live)
+            except Missed:
+                await taking.end()
+            except BaseException:
+                await taking.end()
+                raise
+            else:
+                return taking
+        raise CheckpointFailed("QEMU looked for changed memory twice while the guest stood still")
 
     @property
     def crowded(self) -> bool:
@@ -205,7 +200,7 @@ class Saver:
             self._nodes[TEMPLATE_LAYER] = "layer0"
         return _State(FORMAT, "", "root", "base", memory, layers, [], "", "")
 
-    def _keep(self, directory: Path, name: str, base: _State, table: PageTable, devices: _Devices,
+    def _keep(self, directory: Path, name: str, base: _State, table: PageTable, devices: Devices,
               machine_type: str, still: float, written: int) -> Checkpoint:
         """Write the rest, and make the last layers of the disk part of the checkpoint."""
         lower_disk_priority()
@@ -228,134 +223,6 @@ class Saver:
                                 index=index.name, devices=state.name)
         written += index.stat().st_size + state.stat().st_size
         return Checkpoint(self._state.files(), msgspec.to_builtins(self._state), still, written)
-
-
-class _Taking:
-    """One checkpoint's memory and devices, on their way from QEMU to the disk."""
-
-    def __init__(self, monitor: Monitor, directory: Path, name: str, table: PageTable | None,
-                 memory: str | None, suspended: Callable[[], bool]) -> None:
-        self._suspended = suspended
-        self._monitor = monitor
-        self._directory = directory
-        self._name = name
-        self._table = table.copy() if table else None
-        self._template = directory / memory if memory else None
-        self._writer: PageWriter | None = None
-        self._reader = Reader(self._begin)
-        self._reading: asyncio.Future[None] | None = None
-        self._finished = False
-
-    @property
-    def written_bytes(self) -> int:
-        return self._writer.written_bytes if self._writer else 0
-
-    async def catch_up(self) -> None:
-        """Write all memory while the guest runs; returns when it stands still."""
-        monitor = self._monitor
-        if (await monitor.execute("query-status"))["status"] == "postmigrate":
-            # Suspended since the checkpoint before: QEMU makes no second one in that state, which
-            # it leaves by no other way.
-            await monitor.execute("cont")
-            await monitor.execute("stop")
-        monitor.forget_migration()
-        ours, theirs = socket.socketpair()
-        for sock in (ours, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
-        self._reading = asyncio.ensure_future(anyio.to_thread.run_sync(self._read, ours))
-        with theirs:
-            await monitor.execute("migrate-set-capabilities", capabilities=CAPABILITIES)
-            await monitor.execute("migrate-set-parameters", **{
-                "max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME})
-            await monitor.pass_descriptor("checkpoint", theirs.fileno())
-            await monitor.execute("migrate", uri="fd:checkpoint")
-        if not await self._reaches("pre-switchover", CATCH_UP):
-            await monitor.execute("stop")
-            if not await self._reaches("pre-switchover", FINISH):
-                raise CheckpointFailed("QEMU did not write the machine's memory in time")
-
-    async def finish(self) -> tuple[PageTable, _Devices, str]:
-        """Write the last pages and the devices."""
-        await self._monitor.execute("migrate-continue", state="pre-switchover")
-        if not await self._reaches("completed", FINISH):
-            raise CheckpointFailed("QEMU did not write the machine's devices in time")
-        self._finished = True
-        await self._go_on()
-        await self._read_all()
-        assert self._table is not None
-        reader = self._reader
-        return (self._table, _Devices(reader.head, reader.section, reader.tail),
-                reader.machine_type)
-
-    async def end(self) -> float:
-        """Whatever has happened, let the guest go on; how long it stood still, seconds."""
-        if not self._finished:
-            with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-                with contextlib.suppress(MachineError):  # it has it only if it did not begin
-                    await self._monitor.execute("closefd", fdname="checkpoint")
-                await self._monitor.execute("migrate_cancel")
-                await self._go_on()
-                await self._read_all()
-            for path in self._directory.glob(f"{self._name}.*"):
-                path.unlink(missing_ok=True)
-        return max(0.0, self._monitor.resumed_at - self._monitor.stopped_at)
-
-    async def _go_on(self) -> None:
-        """Let the guest run; QEMU refuses while it still clears up behind a migration."""
-        if self._suspended():
-            return
-        with anyio.fail_after(FINISH):
-            while True:
-                try:
-                    await self._monitor.execute("cont")
-                except MachineError as error:
-                    if "not finalized" not in error.message:
-                        raise
-                    await anyio.sleep(CLEAR_UP)
-                else:
-                    return
-
-    async def _reaches(self, status: str, deadline: float) -> bool:
-        """See `Monitor.migration_reaches`; what the reader failed of is the better story."""
-        assert self._reading is not None
-        try:
-            return await self._monitor.migration_reaches(status, deadline)
-        except MachineError:
-            await self._read_all()
-            raise
-
-    async def _read_all(self) -> None:
-        """Wait for the reader's end; raises what it failed of."""
-        if self._reading is None:
-            return
-        try:
-            with anyio.fail_after(FINISH):
-                await asyncio.shield(self._reading)
-        except StreamError as error:
-            raise CheckpointFailed(f"QEMU wrote what vmjob does not know: {error}") from error
-
-    # -- in a thread ---------------------------------------------------------------------------
-
-    def _begin(self, blocks: list[Block]) -> Callable[[int, int, memoryview | None], None]:
-        if self._table is None:
-            self._table = PageTable(blocks)
-        elif self._table.blocks != blocks:
-            raise StreamError("the machine's memory has other blocks than before")
-        self._writer = PageWriter(self._table, self._template, self._directory, self._name)
-        return self._writer.page
-
-    def _read(self, sock: socket.socket) -> None:
-        lower_disk_priority()
-        buffer = memoryview(bytearray(BUFFER))
-        try:
-            with sock:
-                while count := sock.recv_into(buffer):
-                    self._reader.feed(buffer[:count])
-            self._reader.finish()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -385,7 +252,7 @@ def opened(saved: Saved, memory_mb: int) -> Iterator[Opened]:
                 raise CheckpointUnusable("a checkpoint of a machine with another memory")
             table = read_index(directory / state.index)
             devices = msgspec.msgpack.decode(
-                zlib.decompress((directory / state.devices).read_bytes()), type=_Devices)
+                zlib.decompress((directory / state.devices).read_bytes()), type=Devices)
             pages = table.stored(directory)
             stack.callback(pages.close)
             yield Opened(memory, tuple(map(take, state.layers)),

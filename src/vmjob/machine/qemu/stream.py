@@ -79,6 +79,7 @@ class Reader:
         self._places: dict[bytes, int] = {}
         self._section = b""
         self._block = -1
+        self._number = -1
         self._rest = bytearray()
         self._tail = bytearray()
         self._state = self._read_head
@@ -86,6 +87,11 @@ class Reader:
     @property
     def tail(self) -> bytes:
         return bytes(self._tail)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Block and number of the last page that came."""
+        return self._block, self._number
 
     @property
     def section(self) -> bytes:
@@ -206,7 +212,7 @@ class Reader:
                     raise StreamError("a page of one byte that is not zero")
                 page(place, head >> 12, None)
                 at = start + 1
-            self._block = place
+            self._block, self._number = place, head >> 12
         raise _Short(at)
 
     def _read_end(self, view: memoryview, at: int, start: int) -> int:
