@@ -17,6 +17,7 @@ import functools
 import os
 import shutil
 import socket
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ __all__ = ["Opened", "Saver", "opened"]
 #: Raise this when a checkpoint cannot be read by an older vmjob.
 FORMAT = 1
 
+#: Seconds after which a thread of Python lets another one run, while a checkpoint is made.
+SWITCH = 0.0005
 #: Seconds for which a checkpoint waits for a merging when there are far too many layers.
 MERGE_PATIENCE = 20.0
 #: The template's layer of the disk, and the end of the names of merged ones.
@@ -109,20 +112,21 @@ class Saver:
             disk = (node, self._spec.directory / f"{node}.qcow2")
             await self._add_disk(monitor, *disk)
             before = monitor.stood_still
-            try:
-                taking = await self._caught_up(monitor, directory, name, base.memory, suspended)
+            with _quick_threads():
                 try:
-                    await monitor.execute("blockdev-snapshot", node=self._active[0],
-                                          overlay=disk[0])
-                    self._left.append(self._active[1])
-                    self._nodes[self._active[1].name], self._active = self._active[0], disk
-                    while_still()
-                    table, devices, machine_type = await taking.finish()
+                    taking = await self._caught_up(monitor, directory, name, base.memory, suspended)
+                    try:
+                        await monitor.execute("blockdev-snapshot", node=self._active[0],
+                                              overlay=disk[0])
+                        self._left.append(self._active[1])
+                        self._nodes[self._active[1].name], self._active = self._active[0], disk
+                        while_still()
+                        table, devices, machine_type = await taking.finish()
+                    finally:
+                        await taking.end()
                 finally:
-                    await taking.end()
-            finally:
-                if self._active != disk:
-                    await _remove_disk(monitor, *disk)
+                    if self._active != disk:
+                        await _remove_disk(monitor, *disk)
             still = monitor.stood_still - before
             keep = functools.partial(self._keep, directory, name, base, table, devices,
                                      machine_type, still, taking.written_bytes)
@@ -288,6 +292,20 @@ def _state(saved: Saved) -> _State:
 
 def _replaced(state: _State, **changes: Any) -> _State:
     return msgspec.structs.replace(state, **changes)
+
+
+@contextlib.contextmanager
+def _quick_threads() -> Iterator[None]:
+    """Python's threads take turns more often: the guest waits for one while another reads pages.
+
+    With the usual 5 ms it stands still twice as long (measured).
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _link(source: Path, target: Path) -> None:

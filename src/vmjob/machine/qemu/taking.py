@@ -29,7 +29,7 @@ from vmjob.errors import CheckpointFailed, MachineError
 from vmjob.host.priority import lower_disk_priority
 from vmjob.machine.qemu.monitor import Monitor
 from vmjob.machine.qemu.pages import PageTable, PageWriter
-from vmjob.machine.qemu.stream import Block, Reader, StreamError
+from vmjob.machine.qemu.stream import PAGE, Block, Reader, StreamError
 
 __all__ = ["Devices", "Missed", "Taking"]
 
@@ -44,10 +44,10 @@ BANDWIDTH = 1 << 40
 DOWNTIME = 0
 #: Bytes of the socket's buffer, and read at once. QEMU is ahead of the reader by no more than twice
 #: this.
-BUFFER = 256 * 1024
+BUFFER = 128 * 1024
 #: Pages with data, at the end of the memory, before which the reader waits for the guest to be
 #: stopped: four times what QEMU may be ahead, so it cannot come to its second look before.
-LATE = 4 * 2 * BUFFER // 4096
+LATE = 4 * 2 * BUFFER // PAGE
 #: Seconds between two attempts to let the guest go on while QEMU clears up.
 CLEAR_UP = 0.001
 
@@ -83,8 +83,9 @@ class Taking:
         self._reader = Reader(self._begin)
         self._reading: asyncio.Future[None] | None = None
         self._finished = False
-        #: Set when only the last pages are left, and when they may be read.
+        #: Set when only the last pages are left; when the first, and the last ones, may be read.
         self._late = asyncio.Event()
+        self._first = threading.Event()
         self._go = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._main = self._late_page = 0
@@ -121,11 +122,13 @@ class Taking:
         if live:
             if not self._suspended():
                 await monitor.execute("cont")
+            self._first.set()
             await self._nearly_done()
             await monitor.execute("stop")
             looks = (await monitor.execute("query-migrate"))["ram"]["dirty-sync-count"]
             if looks != 1:
                 raise Missed
+        self._first.set()
         self._go.set()
         if not await self._reaches("pre-switchover", FINISH):
             raise CheckpointFailed("QEMU did not write the machine's memory in time")
@@ -165,6 +168,7 @@ class Taking:
 
     async def end(self) -> None:
         """Whatever has happened, let the guest go on."""
+        self._first.set()
         self._go.set()
         if self._finished:
             return
@@ -228,6 +232,7 @@ class Taking:
         buffer = memoryview(bytearray(BUFFER))
         try:
             with sock:
+                self._first.wait(FINISH)
                 while count := sock.recv_into(buffer):
                     self._reader.feed(buffer[:count])
                     if not self._late.is_set() and self._is_late():
