@@ -10,7 +10,7 @@ import hashlib
 import sys
 
 ROUNDS = 40
-HASHES = 1500
+HASHES = 6000
 PAGE = 4096
 PAGES = 256
 

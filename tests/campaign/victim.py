@@ -56,7 +56,7 @@ class Plan(msgspec.Struct):
     log: str
     below: list[str]
     resume: bool = False
-    every: float = 0.7
+    every: float = 0.5
     kind: str | None = None
     at: int = 0
     mode: str = "self"

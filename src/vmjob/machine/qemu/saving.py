@@ -8,7 +8,7 @@
                                     become one when there are many (see `merging`)
 
 The guest runs while its memory is written and stands still for the last changed pages, the devices
-and the change to a new layer of its disk.
+and the change to a new layer of its disk. Under emulation it stands still for all of it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Saver:
             base = self._state
             if base is None:
                 base = await anyio.to_thread.run_sync(self._link_base, directory)
-            taking = _Taking(monitor, directory, name, self._table, base.memory, suspended)
+            taking = _Taking(monitor, directory, name, self._table, base.memory, suspended,
+                             live=self._spec.accelerator != "tcg")
             disk = (f"disk-{name}", self._spec.directory / f"disk-{name}.qcow2")
             await self._add_disk(monitor, *disk)
             try:
@@ -220,7 +221,8 @@ class _Taking:
     """One checkpoint's memory and devices, on their way from QEMU to the disk."""
 
     def __init__(self, monitor: Monitor, directory: Path, name: str, table: PageTable | None,
-                 memory: str | None, suspended: Callable[[], bool]) -> None:
+                 memory: str | None, suspended: Callable[[], bool], *, live: bool) -> None:
+        self._live = live
         self._suspended = suspended
         self._monitor = monitor
         self._directory = directory
@@ -250,6 +252,10 @@ class _Taking:
             await monitor.execute("migrate-set-parameters", **{
                 "max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME})
             await monitor.pass_descriptor("checkpoint", theirs.fileno())
+            if not self._live:
+                # Under emulation QEMU (before 9.0) misses pages that the guest changes after they
+                # were written once: it clears their marks and goes on without taking notice.
+                await monitor.execute("stop")
             await monitor.execute("migrate", uri="fd:checkpoint")
         if not await self._reaches("pre-switchover", CATCH_UP):
             await monitor.execute("stop")
