@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-from vmjob.engine.generations import Draft, Generation, Generations, Progress
+from vmjob.engine.generations import Draft, Generation, Generations
+from vmjob.engine.progress import Progress
 from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.machine.contract import Checkpoint

@@ -22,8 +22,8 @@ from typing import Any
 
 import msgspec
 
+from vmjob.engine.progress import Progress
 from vmjob.errors import CheckpointUnusable
-from vmjob.guest.client import TaskEnd
 from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.host.digest import digest
@@ -31,7 +31,7 @@ from vmjob.host.facts import boot_id
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.machine.contract import Checkpoint, Saved
 
-__all__ = ["Generation", "Generations", "Progress"]
+__all__ = ["Draft", "Generation", "Generations"]
 
 #: Raise this when an older vmjob could not continue from what this one writes.
 FORMAT = 1
@@ -53,27 +53,12 @@ class File(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Progress(msgspec.Struct, frozen=True):
-    """How far a job was, as the engine knows it.
-
-    ``ends``: how its first tasks ended. ``number``: the agent's number of the task after those.
-    ``received``: bytes of that task's streams that came; ``position``: bytes of all tasks' streams
-    up to there. ``run_seconds`` of the job so far; ``messages_seen`` of its messages.
-    """
-
-    ends: list[TaskEnd]
-    number: int
-    received: dict[str, int]
-    position: dict[str, int]
-    run_seconds: float
-    messages_seen: int
-
-
 class Generation(msgspec.Struct, frozen=True):
     """The manifest: a checkpoint of the driver's, with what the engine must know to go on.
 
     ``processor``: what the guest saw of this computer's processor ('' where it is emulated).
-    ``shape``: the part of the `MachineSpec` that the machine was made with.
+    ``shape``: the part of the `MachineSpec` that the machine was made with. ``still_seconds``: how
+    long the guest stood still for it; ``written_bytes``: of files that were new then.
     """
 
     format: int
@@ -85,6 +70,8 @@ class Generation(msgspec.Struct, frozen=True):
     state: dict[str, Any]
     files: dict[str, File]
     progress: Progress
+    still_seconds: float = 0.0
+    written_bytes: int = 0
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -137,7 +124,8 @@ class Generations:
                 durable.sync(self.directory / name)
             files[name] = known.get(name) or self._describe(name)
         generation = Generation(FORMAT, draft.number, draft.created, draft.driver, draft.processor,
-                                draft.shape, checkpoint.state, files, draft.progress)
+                                draft.shape, checkpoint.state, files, draft.progress,
+                                checkpoint.still_seconds, checkpoint.written_bytes)
         name = f"{draft.number:0{DIGITS}}.json"
         beside = self.directory / f"{name}.new"
         durable.write(beside, _sealed(generation))

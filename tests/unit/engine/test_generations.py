@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vmjob.engine import generations as generations_module
-from vmjob.engine.generations import Draft, Generation, Generations, Progress
+from vmjob.engine.generations import Draft, Generation, Generations
+from vmjob.engine.progress import Progress
 from vmjob.errors import CheckpointUnusable
 from vmjob.host import durable
 from vmjob.machine.contract import Checkpoint

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vmjob.engine.generations import Draft, Generation, Progress
+from vmjob.engine.generations import Draft, Generation
+from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record
 from vmjob.engine.slot import Asked, AskedMachine, Slot, Streams
 from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable
