@@ -117,7 +117,7 @@ class Field:
                     resume=(self.slot / "job.json").exists(), **more)
         if strike is not None:
             plan.kind, plan.at, plan.mode = strike.kind, strike.at, strike.mode
-        env = {**os.environ, "VMJOB_HOME": str(self.home.root), "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "VMJOB_HOME": str(self.home.root), "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
         began = time.monotonic()
         with (self.place / "said").open("w+b") as said:
             process = subprocess.Popen(
