@@ -98,6 +98,7 @@ class Work:
                              "stderr": progress.received.get("stderr", 0)}
             self._base = {stream: count - progress.received.get(stream, 0)
                           for stream, count in output.position.items()}
+            session.client.continue_command(self._number, self._offsets)
             session.client.continue_messages(progress.messages_seen)
 
     @property

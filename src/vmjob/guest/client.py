@@ -148,6 +148,8 @@ class AgentClient:
         self._transfer = Transfer(lanes["data"], clean=clean)
         self._followers: dict[int, _Follower] = {}
         self._early: dict[int, _Follower] = {}
+        #: What came of commands that nobody follows at the moment and that are not forgotten yet.
+        self._taken: dict[int, dict[Stream, int]] = {}
         self._polling = anyio.Lock()
         self._poll_scope: anyio.CancelScope | None = None
         self._left_out: set[int] = set()
@@ -309,15 +311,15 @@ class AgentClient:
                     if not follower.pending and follower.end is None:
                         await self._poll()
         finally:
-            del self._followers[task]
+            self._taken[task] = self._followers.pop(task).offsets
 
     def received(self, task: int) -> dict[Stream, int]:
         """How much of each stream of a command has come from the machine so far, bytes.
 
         Not all of it may have reached its sink; nothing of it will come again.
         """
-        follower = self._followers.get(task) or self._early.get(task) or _Follower()
-        return dict(follower.offsets)
+        follower = self._followers.get(task) or self._early.get(task)
+        return dict(follower.offsets if follower else self._taken.get(task, _Follower().offsets))
 
     async def feed(self, task: int, source: Callable[[], Awaitable[bytes]], *,
                    again: bool = False) -> None:
@@ -356,6 +358,7 @@ class AgentClient:
     def forget(self, task: int) -> None:
         """Let the agent free what it holds of a command that has ended, with the next `start`."""
         self._over.append(task)
+        self._taken.pop(task, None)
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -391,6 +394,10 @@ class AgentClient:
     def messages_seen(self) -> int:
         """The number of the last message that came; see `continue_messages`."""
         return self._messages_seen
+
+    def continue_command(self, task: int, offsets: Mapping[Stream, int]) -> None:
+        """So much of a command's output was taken by an earlier client."""
+        self._taken[task] = _Follower(offsets).offsets
 
     def continue_messages(self, seen: int) -> None:
         """Messages up to this number were heard by an earlier client."""

@@ -297,3 +297,24 @@ async def test_a_feed_ends_with_the_command_that_did_not_read_it(client: AgentCl
     task = await client.start(["sleep", "0.2"], stdin=True)
     with anyio.fail_after(3):  # well before the agent's INPUT_PATIENCE
         await client.feed(task, source)
+
+
+async def test_what_came_of_a_command_is_known_until_it_is_forgotten(
+        home: Home, fake_shape: MachineSpec) -> None:
+    """A checkpoint may be made between the end of its output and that of the job's bookkeeping."""
+    got = b""
+
+    async def take(stream: str, data: bytes) -> None:
+        nonlocal got
+        got += data
+
+    async with open_session(home, FakeDriver(), fake_shape) as session:
+        client = session.client
+        client.continue_command(77, {"stdout": 5, "stderr": 0})
+        assert client.received(77) == {"stdout": 5, "stderr": 0}
+        task = await client.start(["echo", "abc"])
+        await client.follow(task, take)
+        assert got == b"abc\n"
+        assert client.received(task) == {"stdout": 4, "stderr": 0}
+        client.forget(task)
+        assert client.received(task) == {"stdout": 0, "stderr": 0}

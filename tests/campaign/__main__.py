@@ -1,0 +1,97 @@
+"""``script/campaign kills`` and ``script/campaign power``."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tests.campaign import kills as killing
+from tests.campaign import power as cutting
+from tests.conftest import lend
+from vmjob.home import Home, remove_tree
+from vmjob.image.recipe import Recipe
+from vmjob.image.store import ImageStore
+
+
+@click.group()
+def main() -> None:
+    """Crash vmjob by the hundred and look at what becomes of its jobs."""
+
+
+@main.command()
+@click.option("--count", default=100, show_default=True, help="Kills and signals.")
+@click.option("--seed", type=int, help="The same seed strikes at the same steps.")
+@click.option("--jobs", default=2, show_default=True, help="Jobs at a time.")
+@click.option("--minutes", type=float, help="End earlier, after so many minutes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def kills(count: int, seed: int | None, jobs: int, minutes: float | None, as_json: bool) -> None:
+    """Kill real jobs at random steps, continue them, compare every byte."""
+    store = ImageStore(Home())
+    recipe = Recipe()
+    image = store.current(recipe) or store.build(recipe, lambda fraction, text: None)
+    place = Path(tempfile.mkdtemp(prefix="campaign-"))
+    try:
+        fields = []
+        for number in range(jobs):
+            below = place / f"{number}"
+            below.mkdir()
+            home = Home(below / "home")
+            lend(image, home)
+            fields.append(killing.Field(below, home))
+        found = killing.campaign(fields, count, _seed(seed), minutes and minutes * 60)
+    finally:
+        remove_tree(place)
+    if as_json:
+        _print(json.dumps(found, indent=1))
+    else:
+        _print(f"{'step':28} {'struck':>6} {'wrong':>6} {'seconds':>8}  codes")
+        for kind, row in found["steps"].items():
+            codes = ", ".join(f"{code}: {n}" for code, n in row["codes"].items())
+            _print(f"{kind:28} {row['strikes']:6} {row['wrong']:6} {row['seconds']:8.1f}  {codes}")
+        modes = ", ".join(f"{mode} {n}" for mode, n in found["modes"].items())
+        _print(f"struck {found['strikes']} times ({modes}) in {found['jobs']} jobs, "
+               f"{found['runs']} runs, of which {found['continued']} went on from a checkpoint; "
+               f"{found['checkpoints']} checkpoints")
+        _print(f"wrong answers {found['wrong_answers']}, leftovers {found['leftovers']}, anything "
+               f"else wrong {len(found['wrong'])}; {found['seconds']:.0f} seconds, an undisturbed "
+               f"job takes {found['undisturbed_seconds']:.1f}; seed {found['seed']}")
+        for each in found["wrong"]:
+            _print(f"WRONG: {each}")
+    sys.exit(1 if found["wrong"] else 0)
+
+
+@main.command()
+@click.option("--count", default=10000, show_default=True, help="Power cuts.")
+@click.option("--seed", type=int, help="The same seed cuts at the same moments.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def power(count: int, seed: int | None, as_json: bool) -> None:
+    """Cut the power in simulation, and look for a generation in what is left."""
+    found: dict[str, Any] = cutting.campaign(count, _seed(seed))
+    if as_json:
+        _print(json.dumps(found, indent=1))
+    else:
+        for what, times in found["found"].items():
+            _print(f"{times:8}  {what}")
+        _print(f"{found['cuts']} power cuts, {len(found['broken'])} broken promises, "
+               f"{found['seconds']:.0f} seconds; seed {found['seed']}")
+        for each in found["broken"]:
+            _print(f"BROKEN: {each}")
+    sys.exit(1 if found["broken"] else 0)
+
+
+def _seed(given: int | None) -> int:
+    return secrets.randbelow(1 << 32) if given is None else given
+
+
+def _print(text: str) -> None:
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main(prog_name="script/campaign")

@@ -1,0 +1,178 @@
+"""``python -m tests.campaign.victim PLAN``: `vmjob run` that dies where it is told to.
+
+Everything that it does to the world is a step: files opened for writing, renamed, removed and
+synced, commands to QEMU, requests to the agent, processes started. A step is known by the phase of
+the job, what is done, and how often that was done before. Just before the step of the plan, the
+process, its QEMU or both are killed, or it gets a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from vmjob.cli.carrying import How, carry
+from vmjob.engine.generations import Generations
+from vmjob.engine.life import Life
+from vmjob.guest.lane import Lane
+from vmjob.job.model import Input, Job, Output, Task
+from vmjob.machine.contract import Priority
+from vmjob.machine.qemu.monitor import Monitor
+
+__all__ = ["MEMORY_MB", "Plan"]
+
+MEMORY_MB = 256
+#: Seconds for a last checkpoint after SIGTERM.
+STOP_DEADLINE = 60.0
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+#: Audit event -> what the step is called. Renaming over a file is a rename as well.
+EVENTS = {"open": "open", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir",
+          "os.mkdir": "mkdir", "os.link": "link", "os.truncate": "truncate"}
+
+
+class Plan(msgspec.Struct):
+    """What to run, and where to die.
+
+    ``below``: files outside these directories are nobody's business. ``kind`` and ``at``: the step
+    (None: no step); ``mode``: ``self``, ``qemu`` or ``both`` are killed, or the name of a signal
+    that the process gets. ``log``: where it tells what it does, one JSON object a line.
+    """
+
+    slot: str
+    script: str
+    stdin: str
+    output: str
+    log: str
+    below: list[str]
+    resume: bool = False
+    every: float = 0.5
+    kind: str | None = None
+    at: int = 0
+    mode: str = "self"
+    time_limit: float | None = None
+
+
+class Steps:
+    """Counts the steps, tells of some, and carries out the plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._phase = "image"
+        self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._turn = threading.RLock()
+        self.counts: Counter[str] = Counter()
+
+    def tell(self, **facts: Any) -> None:
+        os.write(self._log, json.dumps(facts).encode() + b"\n")
+
+    def phase(self, name: str) -> None:
+        self._phase = name
+        self.tell(phase=name)
+
+    def step(self, what: str) -> None:
+        """Something is about to be done."""
+        with self._turn:
+            kind = f"{self._phase} {what}"
+            self.counts[kind] += 1
+            if kind == self._plan.kind and self.counts[kind] == self._plan.at:
+                self._die(kind)
+
+    def _die(self, kind: str) -> None:
+        mode = self._plan.mode
+        self.tell(reached=kind, at=self._plan.at, mode=mode)
+        if mode in ("qemu", "both"):
+            for child in psutil.Process().children(recursive=True):
+                if child.name().startswith("qemu-system"):
+                    child.kill()
+                    self.tell(killed=child.pid)
+        if mode in ("self", "both"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif mode != "qemu":
+            os.kill(os.getpid(), getattr(signal, mode))
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen":
+            self.step(f"spawn {Path(os.fsdecode(arguments[0])).name}")
+        elif (event in EVENTS and (event != "open" or arguments[2] & WRITING)
+              and self._ours(arguments[0])):
+            self.step(EVENTS[event])
+
+    def _ours(self, path: object) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False
+        text = os.fsdecode(path)
+        return any(text.startswith(each) for each in self._plan.below) and text != self._plan.log
+
+
+def watch(steps: Steps) -> None:
+    """Make everything that is done to the world a step."""
+    sys.addaudithook(steps.audit)
+    fsync, enter, saved, publish = os.fsync, Life.enter, Generations.saved, Generations.publish
+    execute, request = Monitor.execute, Lane.request
+
+    def synced(fd: int) -> None:
+        steps.step("fsync")
+        fsync(fd)
+
+    def entered(self: Life, state: Any) -> None:
+        if state is not self.state:
+            steps.phase(str(state))
+        enter(self, state)
+
+    def continued(self: Generations, generation: Any) -> Any:
+        steps.tell(continues=generation.number)
+        return saved(self, generation)
+
+    def published(self: Generations, *arguments: Any) -> Any:
+        generation = publish(self, *arguments)
+        steps.tell(published=generation.number)
+        return generation
+
+    async def executed(self: Monitor, command: str, **arguments: Any) -> Any:
+        steps.step(f"qmp {command}")
+        return await execute(self, command, **arguments)
+
+    async def requested(self: Lane, method: str, target: str, *more: Any, **options: Any) -> Any:
+        what = re.sub(r"\d+", "N", target.partition("?")[0].replace("/v1", ""))
+        steps.step(f"agent {method} {what}")
+        return await request(self, method, target, *more, **options)
+
+    os.fsync = synced  # type: ignore[assignment]
+    Life.enter = entered  # type: ignore[method-assign]
+    Generations.saved = continued  # type: ignore[method-assign]
+    Generations.publish = published  # type: ignore[method-assign,assignment]
+    Monitor.execute = executed  # type: ignore[method-assign]
+    Lane.request = requested  # type: ignore[method-assign]
+
+
+def main() -> None:
+    plan = msgspec.json.decode(sys.argv[1], type=Plan)
+    steps = Steps(plan)
+    watch(steps)
+    job = None
+    if not plan.resume:
+        job = Job((Task(("python3", "job.py")),), inputs=(Input(Path(plan.script), "job.py"),),
+                  outputs=(Output("result", Path(plan.output)),), memory_mb=MEMORY_MB,
+                  time_limit=plan.time_limit)
+    how = How(accel="tcg", cpu="host", cold=False, stdin=plan.stdin, slot=Path(plan.slot),
+              every=plan.every, slot_limit=None, stop_deadline=STOP_DEADLINE,
+              priority=Priority.NORMAL, keep=False, as_json=False, quiet=False)
+    code = asyncio.run(carry(job, how))
+    steps.tell(code=code, steps=dict(steps.counts))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
