@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import chart, inside, starts
+from bench import chart, inside, starts, survival
 from vmjob.home import Home
 from vmjob.image.recipe import Recipe
 from vmjob.image.store import ImageStore
@@ -57,6 +57,10 @@ def main() -> None:
         figures["--help / python -c pass"] = starts.help_ratio(4 * runs)
         figures |= asyncio.run(inside.one_machine(home, place, runs, options.size))
         figures["host memory of 1 put and get MB"] = inside.host_memory(home, place, options.size)
+        figures |= asyncio.run(survival.checkpoints(home, place, runs))
+        figures |= asyncio.run(survival.slowdown(home, place, runs))
+        figures |= asyncio.run(survival.against_bare(home, image, place, runs))
+        figures |= asyncio.run(survival.intrusion(home, runs))
         figures |= asyncio.run(inside.many_machines(home, 10, 256))
         figures |= asyncio.run(inside.many_machines(home, options.many, 128))
     report: dict[str, Any] = {

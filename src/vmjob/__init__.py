@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vmjob.api import AsyncMachine, Machine, Result
+    from vmjob.api import AsyncMachine, Kept, Machine, Result
     from vmjob.engine.record import Record
     from vmjob.errors import (
         GuestError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     # a machine, by hand
-    "Machine", "AsyncMachine", "Result", "Limits", "TaskEnd", "Entry",
+    "Machine", "AsyncMachine", "Result", "Kept", "Limits", "TaskEnd", "Entry",
     # machines that are ready before they are asked for
     "Pool", "AsyncPool",
     # a job, as a whole
@@ -44,7 +44,8 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Machine": "api", "AsyncMachine": "api", "Result": "api", "Limits": "guest.client",
+    "Machine": "api", "AsyncMachine": "api", "Result": "api", "Kept": "api",
+    "Limits": "guest.client",
     "TaskEnd": "guest.client", "Entry": "guest.client", "Job": "job.model", "Task": "job.model",
     "Input": "job.model", "Output": "job.model", "Record": "engine.record",
     "Pool": "pool", "AsyncPool": "pool",

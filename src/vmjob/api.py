@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from vmjob.engine.generations import Progress
 from vmjob.engine.keeping import continued, keep, turn
+from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.slot import AskedMachine, Slot
 from vmjob.errors import MachineError, SlotUnusable, TimeLimit, UsageError, WrongState
@@ -41,7 +41,7 @@ from vmjob.home import Home
 from vmjob.job.model import check_guest_path
 from vmjob.machine.contract import Driver, MachineSpec, Priority, Status
 
-__all__ = ["AsyncMachine", "Machine", "Result"]
+__all__ = ["AsyncMachine", "Kept", "Machine", "Result"]
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -81,6 +81,19 @@ class Result:
     def stderr_text(self) -> str:
         """``stderr`` as UTF-8; what is not UTF-8 is replaced."""
         return self.stderr.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that was made: its number in the slot, how long the guest stood still for it,
+    how much was written, and what all checkpoints of the slot take on the disk (files that they
+    share with a template included).
+    """
+
+    number: int
+    still_seconds: float
+    written_bytes: int
+    disk_bytes: int
 
 
 class AsyncMachine:
@@ -322,8 +335,8 @@ class AsyncMachine:
         async with self._asking() as session:
             await session.resume()
 
-    async def checkpoint(self) -> int:
-        """Keep the machine as it is now in its slot, for `restore`, and go on; its number.
+    async def checkpoint(self) -> Kept:
+        """Keep the machine as it is now in its slot, for `restore`, and go on.
 
         Memory, disk and commands are kept as they are at one instant, for which the guest stands
         still some hundredths of a second. Raises `WrongState` for a machine without a slot,
@@ -338,7 +351,8 @@ class AsyncMachine:
 
             async with turn(self._home):
                 generation = await keep(self._slot.generations, session, progress, _nothing, None)
-            return generation.number
+            return Kept(generation.number, generation.still_seconds, generation.written_bytes,
+                        self._slot.generations.disk_bytes())
 
     async def set_priority(self, priority: str) -> None:
         """``low``: the machine's processors get what no other program wants; ``normal``."""
@@ -499,7 +513,7 @@ class Machine:
         """See `AsyncMachine.result`."""
         return self._call(self._machine.result, task, offsets=offsets)
 
-    def checkpoint(self) -> int:
+    def checkpoint(self) -> Kept:
         """See `AsyncMachine.checkpoint`."""
         return self._call(self._machine.checkpoint)
 

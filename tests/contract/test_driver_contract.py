@@ -129,6 +129,27 @@ async def test_a_command_goes_on_over_suspend_and_resume(driver: Driver,
     assert got.split() == [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8"]
 
 
+async def test_no_deadline_comes_nearer_while_a_machine_stands_still(driver: Driver,
+                                                                    spec: MachineSpec) -> None:
+    machine = await driver.create(spec)
+    async with running(machine) as client:
+        client.stand_still()
+        await machine.suspend()
+        asked = anyio.Event()
+
+        async def ask() -> None:
+            asked.set()
+            await client.ping(deadline=0.2)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            await asked.wait()
+            await anyio.sleep(0.5)  # longer than the deadline, on purpose
+            await machine.resume()
+            client.go_on()
+        await client.set_clock()
+
+
 async def test_copies_of_a_frozen_machine_answer_side_by_side(driver: Driver, spec: MachineSpec,
                                                              home: Home) -> None:
     """start, freeze; then create and start with the files as a template, twice at once."""

@@ -136,7 +136,7 @@ def suspend(name: str, to_disk: bool, as_json: bool) -> None:
         _say(as_json, "", {"name": name, "state": "suspended"})
         return
     made = _run(client.suspend_to_disk(home, name), f"making a checkpoint of {name}")
-    _say(as_json, f"checkpoint {made['number']}, {_size(made['bytes'])}",
+    _say(as_json, _made(made),
          {"name": name, "state": "kept", "checkpoint": made})
 
 
@@ -157,7 +157,7 @@ def checkpoint(name: str, as_json: bool) -> None:
     The newest two are kept. The machine stands still for some hundredths of a second only.
     """
     made = _run(client.checkpoint_now(Home(), name), f"making a checkpoint of {name}")
-    _say(as_json, f"checkpoint {made['number']}, {_size(made['bytes'])}, {made['seconds']:.1f} s",
+    _say(as_json, _made(made),
          {"name": name, "checkpoint": made})
 
 
@@ -182,7 +182,7 @@ def stop(name: str, keep: bool, deadline: float, as_json: bool) -> None:
     code is 125.
     """
     made = _run(client.stop(Home(), name, checkpoint=keep, deadline=deadline), f"stopping {name}")
-    text = f"checkpoint {made['number']}, {_size(made['bytes'])}" if made else ""
+    text = _made(made) if made else ""
     _say(as_json, text, {"name": name, "state": "kept" if made else "stopped",
                          "checkpoint": made})
 
@@ -553,6 +553,12 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _made(made: dict[str, Any]) -> str:
+    """A checkpoint, in words."""
+    return (f"checkpoint {made['number']}, {_size(made['disk_bytes'])} on disk, "
+            f"stood still {made['still_seconds'] * 1000:.0f} ms")
 
 
 def _size(count: int) -> str:

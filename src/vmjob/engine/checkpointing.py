@@ -6,9 +6,10 @@ import anyio
 import anyio.to_thread
 
 from vmjob.engine.clock import RunClock
-from vmjob.engine.generations import Generation, Progress
+from vmjob.engine.generations import Generation
 from vmjob.engine.keeping import keep, turn
 from vmjob.engine.life import Life, State
+from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session
 from vmjob.engine.slot import Slot, Streams
 from vmjob.engine.work import Output, Work

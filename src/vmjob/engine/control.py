@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import anyio
 
-from vmjob.engine.checkpointing import Checkpointer
-from vmjob.engine.clock import RunClock
-from vmjob.engine.generations import Generation
 from vmjob.engine.life import Life, State
-from vmjob.engine.session import Session
+
+if TYPE_CHECKING:
+    from vmjob.engine.checkpointing import Checkpointer
+    from vmjob.engine.clock import RunClock
+    from vmjob.engine.generations import Generation
+    from vmjob.engine.session import Session
 
 __all__ = ["Control"]
 

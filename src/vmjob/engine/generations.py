@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from typing import Any
 
 import msgspec
 
+from vmjob.engine.progress import Progress
 from vmjob.errors import CheckpointUnusable
-from vmjob.guest.client import TaskEnd
 from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.host.digest import digest
@@ -30,7 +31,7 @@ from vmjob.host.facts import boot_id
 from vmjob.host.seal import read_seal, seal_of, write_seal
 from vmjob.machine.contract import Checkpoint, Saved
 
-__all__ = ["Generation", "Generations", "Progress"]
+__all__ = ["Draft", "Generation", "Generations"]
 
 #: Raise this when an older vmjob could not continue from what this one writes.
 FORMAT = 1
@@ -40,7 +41,8 @@ KEPT = 2
 DIGITS = 6
 #: Longest manifest, bytes.
 MAX_MANIFEST = 4 << 20
-MANIFEST = re.compile(r"(\d{6})\.json")
+NUMBER = re.compile(rf"\d{{{DIGITS},}}")
+MANIFEST = re.compile(rf"(\d{{{DIGITS},}})\.json")
 VERIFIED = "verified"
 
 
@@ -51,27 +53,12 @@ class File(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Progress(msgspec.Struct, frozen=True):
-    """How far a job was, as the engine knows it.
-
-    ``ends``: how its first tasks ended. ``number``: the agent's number of the task after those.
-    ``received``: bytes of that task's streams that came; ``position``: bytes of all tasks' streams
-    up to there. ``run_seconds`` of the job so far; ``messages_seen`` of its messages.
-    """
-
-    ends: list[TaskEnd]
-    number: int
-    received: dict[str, int]
-    position: dict[str, int]
-    run_seconds: float
-    messages_seen: int
-
-
 class Generation(msgspec.Struct, frozen=True):
     """The manifest: a checkpoint of the driver's, with what the engine must know to go on.
 
     ``processor``: what the guest saw of this computer's processor ('' where it is emulated).
-    ``shape``: the part of the `MachineSpec` that the machine was made with.
+    ``shape``: the part of the `MachineSpec` that the machine was made with. ``still_seconds``: how
+    long the guest stood still for it; ``written_bytes``: of files that were new then.
     """
 
     format: int
@@ -83,6 +70,8 @@ class Generation(msgspec.Struct, frozen=True):
     state: dict[str, Any]
     files: dict[str, File]
     progress: Progress
+    still_seconds: float = 0.0
+    written_bytes: int = 0
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -110,12 +99,15 @@ class Generations:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(mode=0o700, exist_ok=True)
+        #: Manifests of generations that are no good: the next one must not be kept beside those.
+        self._bad: set[str] = set()
+        #: What was wrong with those that `tidy` removed, until somebody asks.
+        self._lost: list[CheckpointUnusable] = []
 
     def next_number(self) -> int:
         """A number above every one that was ever used here."""
-        used = [int(path.name[:DIGITS]) for path in self.directory.iterdir()
-                if path.name[:DIGITS].isdecimal()]
-        return max(used, default=0) + 1
+        used = [NUMBER.match(path.name) for path in self.directory.iterdir()]
+        return max((int(each[0]) for each in used if each), default=0) + 1
 
     def publish(self, draft: Draft, checkpoint: Checkpoint) -> Generation:
         """Make a checkpoint the newest generation; older ones but one are removed.
@@ -132,7 +124,8 @@ class Generations:
                 durable.sync(self.directory / name)
             files[name] = known.get(name) or self._describe(name)
         generation = Generation(FORMAT, draft.number, draft.created, draft.driver, draft.processor,
-                                draft.shape, checkpoint.state, files, draft.progress)
+                                draft.shape, checkpoint.state, files, draft.progress,
+                                checkpoint.still_seconds, checkpoint.written_bytes)
         name = f"{draft.number:0{DIGITS}}.json"
         beside = self.directory / f"{name}.new"
         durable.write(beside, _sealed(generation))
@@ -140,16 +133,19 @@ class Generations:
         durable.replace(beside, self.directory / name)
         durable.sync(self.directory)
         self.tidy()
-        self._seal(generation)
+        self._seal(generation, {name for name in files if name not in known})
         return generation
 
     def newest_first(self) -> Iterator[Generation | CheckpointUnusable]:
         """The generations that can be used, verified, and what is wrong with the others."""
+        lost, self._lost = self._lost, []
+        yield from lost
         for path in self._manifests():
             try:
                 generation = self._read(path)
                 self.verify(generation)
             except CheckpointUnusable as error:
+                self._bad.add(path.name)
                 yield error
             else:
                 yield generation
@@ -178,29 +174,28 @@ class Generations:
 
         What was verified since this computer's start, and not touched since, is not read again.
         """
-        seal = read_seal(self.directory / VERIFIED)
-        same_boot = isinstance(seal, dict) and seal.get("boot") == boot_id()
-        parts = seal.get("parts") if isinstance(seal, dict) and same_boot else None
+        parts = self._verified()
+        read = set()
         for name, file in generation.files.items():
             path = self.directory / name
             try:
                 if "/" in name or path.is_symlink() or path.stat().st_size != file.size:
                     raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
                 now = seal_of([(path, file.sha256)])["parts"]
-                if isinstance(parts, dict) and isinstance(now, dict) and \
-                        parts.get(name) == now[name]:
+                if isinstance(now, dict) and parts.get(name) == now[name]:
                     continue
                 found = digest(path)
+                read.add(name)
             except OSError as error:
                 raise CheckpointUnusable(f"checkpoint {generation.number} cannot be read: "
                                          f"{name}: {error.strerror}") from error
             if found != file.sha256:
                 raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
-        self._seal(generation)
+        self._seal(generation, read)
 
     def condemn(self, number: int) -> None:
         """Never use a generation again."""
-        durable.remove(self.directory / f"{number:0{DIGITS}}.json")
+        _discard(self.directory / f"{number:0{DIGITS}}.json")
 
     def saved(self, generation: Generation) -> Saved:
         """What a driver continues from."""
@@ -211,20 +206,23 @@ class Generations:
         needed = {VERIFIED}
         kept = 0
         for path in self._manifests():
-            if kept < KEPT:
-                with contextlib.suppress(CheckpointUnusable):
+            if kept < KEPT and path.name not in self._bad:
+                try:
                     needed |= {path.name, *self._read(path).files}
+                except CheckpointUnusable as error:
+                    self._lost.append(error)
+                else:
                     kept += 1
                     continue
-            durable.remove(path)
+            _discard(path)
         for path in self.directory.iterdir():
             if path.name not in needed:
-                durable.remove(path)
+                _discard(path)
 
     def restart(self) -> None:
         """Forget all generations: the job begins anew."""
         for path in self._manifests():
-            durable.remove(path)
+            _discard(path)
         self.tidy()
 
     def clear(self) -> None:
@@ -237,11 +235,14 @@ class Generations:
 
     def _manifests(self) -> list[Path]:
         return sorted((path for path in self.directory.iterdir()
-                       if MANIFEST.fullmatch(path.name)), reverse=True)
+                       if MANIFEST.fullmatch(path.name)),
+                      key=lambda path: int(path.stem), reverse=True)
 
     def _read(self, path: Path) -> Generation:
         try:
-            with path.open("rb") as file:
+            # What is no plain file was not written by us; a pipe must not keep us waiting.
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                                   | os.O_NONBLOCK), "rb") as file:
                 sealed = msgspec.json.decode(file.read(MAX_MANIFEST), type=_Sealed)
             if _checksum(sealed.generation) != sealed.sha256:
                 raise CheckpointUnusable(f"the checkpoint {path.stem} is damaged: its manifest")
@@ -257,11 +258,33 @@ class Generations:
         path = self.directory / name
         return File(path.stat().st_size, digest(path))
 
-    def _seal(self, generation: Generation) -> None:
+    def _verified(self) -> dict[str, Any]:
+        """What was verified since this computer's start, by name, as it was then."""
+        seal = read_seal(self.directory / VERIFIED)
+        if isinstance(seal, dict) and seal.get("boot") == boot_id():
+            parts = seal.get("parts")
+            return parts if isinstance(parts, dict) else {}
+        return {}
+
+    def _seal(self, generation: Generation, read: set[str]) -> None:
+        """Remember that its files are good: those just ``read``, and those under an older seal."""
         with contextlib.suppress(OSError):  # then it is read again next time
-            write_seal(self.directory / VERIFIED,
-                       seal_of((self.directory / name, file.sha256)
-                               for name, file in generation.files.items()))
+            before = self._verified()
+            seal = seal_of((self.directory / name, file.sha256)
+                           for name, file in generation.files.items())
+            parts = seal["parts"]
+            assert isinstance(parts, dict)
+            seal["parts"] = {name: part for name, part in parts.items()
+                             if name in read or before.get(name) == part}
+            write_seal(self.directory / VERIFIED, seal)
+
+
+def _discard(path: Path) -> None:
+    """Remove what is not needed, whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        durable.remove(path)
 
 
 def _sealed(generation: Generation) -> bytes:

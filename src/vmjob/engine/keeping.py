@@ -14,7 +14,8 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from vmjob.engine.generations import DIGITS, Draft, Generation, Generations, Progress
+from vmjob.engine.generations import DIGITS, Draft, Generation, Generations
+from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session
 from vmjob.errors import (
     CheckpointUnusable,

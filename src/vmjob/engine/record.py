@@ -27,7 +27,7 @@ class Record(msgspec.Struct):
 
     ``exit_code`` is the process exit code of ``vmjob run``: the job's own, 128+N when signal N
     ended it, or 125, 126, 127 when ``error`` says that it did not run to its end. ``phases`` are
-    seconds: ``image``, ``machine``, ``boot``, ``inputs``, ``run``, ``outputs``, ``total``.
+    seconds: `vmjob.engine.life.State`, and ``total``.
     """
 
     exit_code: int = 125

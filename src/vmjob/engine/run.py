@@ -8,20 +8,16 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 
-from vmjob.engine.checkpointing import Checkpointer
 from vmjob.engine.clock import RunClock
 from vmjob.engine.control import Control
-from vmjob.engine.generations import Generation
-from vmjob.engine.keeping import continued
 from vmjob.engine.life import Life, State
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.engine.slot import Slot, Streams
 from vmjob.engine.work import Output, Work
 from vmjob.errors import (
     JobError,
@@ -33,6 +29,10 @@ from vmjob.grid.contract import Grid
 from vmjob.home import Home
 from vmjob.job.model import Job
 from vmjob.machine.contract import Driver, MachineSpec
+
+if TYPE_CHECKING:
+    from vmjob.engine.generations import Generation
+    from vmjob.engine.slot import Slot
 
 __all__ = ["Request", "Survival", "run_job"]
 
@@ -139,6 +139,8 @@ async def _begun(home: Home, request: Request, grid: Grid,
         if slot is None:
             yield await stack.enter_async_context(open_one(request.shape)), None
             return
+        from vmjob.engine.keeping import continued  # not at start-up: most jobs have no slot
+
         found = await continued(stack, slot.generations, request.shape, open_one, grid.warning)
         if found is not None:
             yield found
@@ -163,6 +165,8 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
     with contextlib.ExitStack() as stack:
         streams = None
         if survival is not None:
+            from vmjob.engine.slot import Streams
+
             streams = Streams(survival.slot, {
                 stream: min(count, job.stream_limit) for stream, count in position.items()})
             stack.callback(streams.close)
@@ -170,6 +174,8 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
         work = Work(session, job, grid, record, output, clock, progress)
         checkpointer = None
         if survival is not None and streams is not None:
+            from vmjob.engine.checkpointing import Checkpointer
+
             checkpointer = Checkpointer(home, survival.slot, session, work, output, streams, clock,
                                         life, grid, survival.disk_limit)
         clock.go()

@@ -21,6 +21,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -38,6 +39,11 @@ __all__ = ["Asked", "AskedMachine", "Slot", "Streams"]
 LOCK, OWNER, JOB, RESULT = "lock", "owner.json", "job.json", "result.json"
 MACHINE = "machine.json"
 STREAMS = ("stdout", "stderr")
+#: The copy of the job's input, which is made before the job is written down.
+STDIN = "stdin"
+#: What there may be in a slot that has no job: of one who was killed before it had.
+BEFORE_JOB = frozenset({LOCK, OWNER, STDIN, f"{JOB}.new", f"{MACHINE}.new",
+                        "checkpoints"})
 #: Longest file of ours that is read, bytes.
 MAX_FILE = 64 << 20
 
@@ -89,10 +95,13 @@ class Slot:
         """Own a slot until the block ends; the directory is made when it is missing.
 
         What a killed owner left of its machine is removed. Raises `Busy` when another process owns
-        it, `HomeUnusable`, `HostDiskFull`.
+        it, `HomeUnusable`, `HostDiskFull`; `SlotUnusable` for a directory of something else.
         """
+        _check_ours(root)
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not root.is_dir():
+                root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                durable.sync(root.parent)  # or a power cut takes it with all that is in it
             fd = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
@@ -103,15 +112,38 @@ class Slot:
             except BlockingIOError:
                 raise Busy(f"the slot {root} belongs to another vmjob process"
                            f"{_owner(root)}") from None
-            (root / OWNER).write_text(json.dumps(
-                {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
-            remove_tree(root / "machine")
-            slot = cls(root)
-            slot.generations.tidy()
-            yield slot
-            (root / OWNER).unlink(missing_ok=True)
+            try:
+                (root / OWNER).write_text(json.dumps(
+                    {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+                slot = cls(root)
+                slot.clean()
+            except OSError as error:
+                raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
+                    f"cannot use {root} as a slot: {error.strerror}") from error
+            try:
+                yield slot
+            finally:
+                (root / OWNER).unlink(missing_ok=True)
         finally:
             os.close(fd)
+
+    def clean(self) -> None:
+        """Remove what an owner that was killed had no time to remove; nothing that may be others'.
+
+        Raises `SlotUnusable`.
+        """
+        if self.has_job:
+            self.asked()
+        elif (self.root / MACHINE).exists():
+            self.asked_machine()
+        else:
+            (self.root / STDIN).unlink(missing_ok=True)
+            return
+        remove_tree(self.root / "machine")
+        if self.result() is not None:
+            self.generations.clear()
+        else:
+            self.generations.tidy()
 
     # -- the job ---------------------------------------------------------------------------------
 
@@ -124,6 +156,9 @@ class Slot:
         if self.has_job:
             raise SlotUnusable(f"the slot {self.root} has a job already",
                                advice="Continue it with --resume, or give another directory.")
+        job = asked.job  # whoever continues it may be in another directory
+        inputs = tuple(replace(given, source=given.source.absolute()) for given in job.inputs)
+        asked = msgspec.structs.replace(asked, job=replace(job, inputs=inputs))
         self._write(JOB, msgspec.json.encode(asked, enc_hook=str))
 
     def asked(self) -> Asked:
@@ -212,6 +247,10 @@ class Streams:
                 except OSError as error:
                     raise HostDiskFull(f"cannot write {path}: {error.strerror}") from error
                 self._files[name] = file
+            try:
+                durable.sync(slot.root)  # their names: a checkpoint is worth nothing without them
+            except OSError as error:
+                raise HostDiskFull(f"cannot write {slot.root}: {error.strerror}") from error
             opened.pop_all()
 
     def write(self, stream: str, data: bytes) -> None:
@@ -237,6 +276,19 @@ def _decoded(kind: type, value: object) -> object:
     if issubclass(kind, Path):
         return kind(str(value))
     raise NotImplementedError(kind)
+
+
+def _check_ours(root: Path) -> None:
+    """Refuse a directory that has files and no job: somebody's ``checkpoints/`` are not ours."""
+    try:
+        found = {path.name for path in root.iterdir()}
+    except OSError:
+        return  # whoever makes or opens it says what is wrong
+    # The lock comes first: where it is not, the rest is of somebody else.
+    if not found or (LOCK in found and (found <= BEFORE_JOB or found & {JOB, MACHINE})):
+        return
+    raise SlotUnusable(f"the directory {root} is in use, and not by a job",
+                       advice="Give a new or an empty directory.")
 
 
 def _owner(root: Path) -> str:

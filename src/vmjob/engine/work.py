@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 
 from vmjob.engine.clock import RunClock
-from vmjob.engine.generations import Progress
+from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record, exit_code_of
 from vmjob.engine.session import Session, beside
-from vmjob.engine.slot import Streams
 from vmjob.errors import AgentProtocol, JobError, TimeLimit
 from vmjob.grid.contract import Grid
 from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.job.model import Job, OnFlood, Task
+
+if TYPE_CHECKING:
+    from vmjob.engine.slot import Streams
 
 __all__ = ["Output", "Work"]
 

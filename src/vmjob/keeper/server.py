@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from vmjob.api import AsyncMachine
-from vmjob.engine.generations import Generations
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Slot
 from vmjob.errors import CheckpointFailed, UsageError, VmjobError, WrongState
@@ -131,18 +130,17 @@ class Keeper:
         # The machine is to end when the request that is being answered has its answer.
         self._last = False
         self._machine: AsyncMachine | None = None
-        self._root: Path | None = None
         # Suspending, resuming and checkpoints: one at a time.
         self._turn = asyncio.Lock()
         self._peers: set[asyncio.Task[None]] = set()
         self._detached: set[asyncio.Task[None]] = set()
 
-    async def live(self, root: Path, making: AbstractAsyncContextManager[AsyncMachine],
+    async def live(self, making: AbstractAsyncContextManager[AsyncMachine],
                    ready: Callable[[list[str]], None]) -> None:
         """Keep a machine until it ends by itself; raises what keeps it from starting."""
         self.log.write("keeper", "starting")
         async with making as machine:
-            self._machine, self._root = machine, root
+            self._machine = machine
             self.since = time.time()
             for text in machine.warnings:
                 self.log.write("warning", text)
@@ -268,17 +266,12 @@ class Keeper:
 
     async def _kept(self, peer: Peer | None) -> dict[str, Any]:
         """Make a checkpoint; with ``peer``, only while that one waits for it."""
-        machine = self._up
-        began = time.monotonic()
-        work = machine.checkpoint()
-        number = await (peer.unless_gone(work) if peer else work)
-        seconds = time.monotonic() - began
-        assert self._root is not None
-        generations = Generations(self._root / "checkpoints")
-        size = next((generations.bytes_of(each) for each in generations.listed()
-                     if each.number == number), 0)
-        self.log.write("keeper", f"checkpoint {number}: {seconds:.2f} s, {size} bytes")
-        return {"number": number, "seconds": round(seconds, 3), "bytes": size}
+        work = self._up.checkpoint()
+        kept = await (peer.unless_gone(work) if peer else work)
+        self.log.write("keeper", f"checkpoint {kept.number}: the machine stood still for "
+                                 f"{kept.still_seconds:.3f} s, {kept.written_bytes} bytes written")
+        return {"number": kept.number, "still_seconds": kept.still_seconds,
+                "written_bytes": kept.written_bytes, "disk_bytes": kept.disk_bytes}
 
     # -- commands --------------------------------------------------------------------------------
 
@@ -414,7 +407,7 @@ async def keep(home: Home, root: Path, *, again: bool, starter: socket.socket, l
     async with _listening(root, keeper):
         making = _making(home, root, again, driver)
         tasks = (asyncio.ensure_future(keeper.live(
-                     root, making, lambda warnings: tell({"done": {"warnings": warnings}}))),
+                     making, lambda warnings: tell({"done": {"warnings": warnings}}))),
                  asyncio.ensure_future(keeper.over.wait()))
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         await keeper.finish()

@@ -26,6 +26,7 @@ from vmjob.errors import (
     Busy,
     HomeUnusable,
     HostDiskFull,
+    SlotUnusable,
     UnknownMachine,
     UsageError,
     WrongState,
@@ -144,7 +145,10 @@ def destroy(home: Home, name: str) -> None:
     """Remove a machine without a keeper, and all that was kept of it; raises `Busy`."""
     root = place_of(home, name)
     gone = home.slots / f"{REMOVED}{name}-{os.urandom(6).hex()}"
-    with kept_out(root), Slot.claim(root):  # its lock as well: a program may have it, by the API
+    with kept_out(root):
+        # A program may have it, by the API; what is damaged can be removed.
+        with contextlib.suppress(SlotUnusable), Slot.claim(root):
+            pass
         root.rename(gone)
     remove_tree(gone)
 
@@ -164,7 +168,7 @@ def sweep(home: Home) -> list[Path]:
     """Remove the `leftovers`; what is being used meanwhile stays."""
     found = []
     for path in leftovers(home):
-        with contextlib.suppress(Busy, UnknownMachine):
+        with contextlib.suppress(Busy, UnknownMachine, SlotUnusable):
             if path.name.startswith((NEW, REMOVED)):
                 remove_tree(path)
             else:

@@ -97,7 +97,7 @@ async def test_what_was_kept_goes_on_and_what_was_not_is_lost(home: Home, lab: s
     await client.restore(home, lab, command=keeper())
     assert await run(home, lab, "cat file; echo three > file") == (0, b"one\n")
     kept = await client.suspend_to_disk(home, lab)
-    assert (kept["number"], kept["bytes"] > 0) == (2, True)
+    assert (kept["number"], kept["disk_bytes"] > 0) == (2, True)
     found = await client.look(home, lab)
     assert (found.state, found.pid) == ("kept", None)
     assert [each["number"] for each in found.checkpoints] == [2, 1]

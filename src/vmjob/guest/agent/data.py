@@ -30,7 +30,10 @@ class DataServer:
 
     def serve(self, fd: int) -> None:
         """Answer requests until the other end closes for good."""
-        channel = Channel(fd, wire.MAX_REQUEST_PIECE, interruptible=True)
+        self.answer(Channel(fd, wire.MAX_REQUEST_PIECE, interruptible=True))
+
+    def answer(self, channel: Channel) -> None:
+        """The same on a channel that is there already."""
         lost = False
         while True:
             try:

@@ -6,5 +6,7 @@ same contract tests as a hypervisor. It isolates nothing: jobs are processes of 
 
 from vmjob.machine.fake.driver import FakeDriver, FakeMachine
 from vmjob.machine.fake.faults import Faults
+from vmjob.machine.fake.simulated import SimulatedDriver, SimulatedFaults, SimulatedMachine
 
-__all__ = ["FakeDriver", "FakeMachine", "Faults"]
+__all__ = ["FakeDriver", "FakeMachine", "Faults", "SimulatedDriver", "SimulatedFaults",
+           "SimulatedMachine"]

@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -45,9 +45,12 @@ from vmjob.machine.contract import (
     Priority,
     Status,
 )
-from vmjob.machine.qemu import argv, frozen, programs, saving
+from vmjob.machine.qemu import argv, frozen, programs
 from vmjob.machine.qemu.console import Console
 from vmjob.machine.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from vmjob.machine.qemu import saving
 
 __all__ = ["QemuDriver", "QemuMachine"]
 
@@ -72,6 +75,8 @@ class QemuDriver:
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
         if spec.saved is not None:
+            from vmjob.machine.qemu import saving  # not at start-up: most machines never need it
+
             root, base = saving.boot_parts(spec.saved)
             nowhere = Path("/")
             spec = replace(spec, template=None, boot=BootParts("", nowhere, nowhere, root, base))
@@ -122,7 +127,7 @@ class QemuMachine:
         #: Held while a checkpoint is made: the guest is then let go on by who makes it.
         self._checkpointing = anyio.Lock()
         self._merging: asyncio.Future[None] | None = None
-        self._saver = saving.Saver(spec, self.overlay)
+        self._saver: saving.Saver | None = None
 
     # -- the contract --------------------------------------------------------------------------
 
@@ -132,6 +137,8 @@ class QemuMachine:
         with contextlib.ExitStack() as files:
             source: frozen.Opened | saving.Opened | None = None
             if self.spec.saved is not None:
+                from vmjob.machine.qemu import saving
+
                 source = files.enter_context(saving.opened(self.spec.saved, self.spec.memory_mb))
             elif self.spec.template is not None:
                 source = files.enter_context(
@@ -208,6 +215,8 @@ class QemuMachine:
         """Load a checkpoint's state into the waiting QEMU; returns when the guest runs."""
         monitor = self._monitor
         assert monitor is not None
+        from vmjob.machine.qemu import saving
+
         ours, theirs = socket.socketpair()
         feeding = asyncio.ensure_future(
             anyio.to_thread.run_sync(saving.feed, ours, saved.stream))
@@ -234,14 +243,17 @@ class QemuMachine:
 
     async def checkpoint(self, directory: Path, name: str,
                          while_still: Callable[[], None]) -> Checkpoint:
+        from vmjob.machine.qemu import saving
+
         monitor = self._running_monitor()
         async with self._checkpointing:
-            await self._end_merging(patience=saving.MERGE_PATIENCE if self._saver.crowded else 0)
+            saver = self._saver = self._saver or saving.Saver(self.spec, self.overlay)
+            await self._end_merging(patience=saving.MERGE_PATIENCE if saver.crowded else 0)
             try:
-                return await self._saver.take(monitor, directory, name, while_still,
+                return await saver.take(monitor, directory, name, while_still,
                                               lambda: self._status is Status.SUSPENDED)
             finally:
-                self._merging = asyncio.ensure_future(self._saver.merge(monitor, directory))
+                self._merging = asyncio.ensure_future(saver.merge(monitor, directory))
 
     async def _end_merging(self, patience: float = 0) -> None:
         """Give up a merging of disk layers that is not over by then; the next one does its work."""

@@ -11,19 +11,20 @@ are written anew, so all files together are at most twice as large as what they 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
-import mmap
 import os
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from vmjob.machine.qemu.stream import PAGE, Block
+from vmjob.machine.qemu.stream import MAX_BLOCK, PAGE, Block
 
 __all__ = ["PageTable", "PageWriter", "read_index"]
 
@@ -104,7 +105,7 @@ class PageTable:
             number for number, name in enumerate(self.files) if name is not None)}
         blocks = []
         for block, places, digests in zip(self.blocks, self.places, self.digests, strict=True):
-            numbers = array("L", (n for n, place in enumerate(places) if place))
+            numbers = array("Q", (n for n, place in enumerate(places) if place))
             moved = array("Q", (_move(places[n], renumbered) for n in numbers))
             kept = b"".join(digests[n * DIGEST:(n + 1) * DIGEST] for n in numbers)
             blocks.append(_IndexedBlock(block.name, block.size, numbers.tobytes(), moved.tobytes(),
@@ -112,35 +113,36 @@ class PageTable:
         index = msgspec.msgpack.encode(_Index(self.names(), blocks))
         path.write_bytes(zlib.compress(index, 1))
 
-    def stored(self, directory: Path) -> Iterator[tuple[int, int, memoryview | None]]:
+    def stored(self, directory: Path) -> Generator[tuple[int, int, bytes | None], None, None]:
         """Every page of the index, file by file: block, number, bytes or None for zeros.
 
-        Raises `OSError`, and `ValueError` for a page that is not there.
+        Raises `OSError`, and `ValueError` for a page that is not there or not what it was.
         """
         found = sorted((place, block, number) for block, places in enumerate(self.places)
                        for number, place in enumerate(places) if place)
-        opened = -1
-        view = memoryview(b"")
-        for place, block, number in found:
-            if place == ZEROS:
-                yield block, number, None
-                continue
-            file, at = place >> 32, ((place & 0xffffffff) - IN_FILE) * PAGE
-            if file != opened:
-                opened, view = file, _mapped(directory / str(self.files[file]))
-            data = view[at:at + PAGE]
-            if len(data) != PAGE:
-                raise ValueError("a page is missing")
-            yield block, number, data
+        with contextlib.ExitStack() as files:
+            opened = fd = -1
+            for place, block, number in found:
+                if place == ZEROS:
+                    yield block, number, None
+                    continue
+                file, at = place >> 32, ((place & 0xffffffff) - IN_FILE) * PAGE
+                if file != opened:
+                    files.close()
+                    path = directory / str(self.files[file])
+                    opened, fd = file, files.enter_context(path.open("rb", buffering=0)).fileno()
+                # Not mapped: there, what a disk cannot read would be this process's end.
+                data = os.pread(fd, PAGE, at)
+                if len(data) != PAGE:
+                    raise ValueError("a page is missing")
+                kept = self.digests[block][number * DIGEST:(number + 1) * DIGEST]
+                if hashlib.sha256(data).digest()[:DIGEST] != kept:
+                    raise ValueError("a page is not what it was")
+                yield block, number, data
 
 
 def _move(place: int, renumbered: dict[int, int]) -> int:
     return place if place < IN_FILE else renumbered[place >> 32] << 32 | place & 0xffffffff
-
-
-def _mapped(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read_index(path: Path) -> PageTable:
@@ -149,42 +151,100 @@ def read_index(path: Path) -> PageTable:
         index = msgspec.msgpack.decode(zlib.decompress(path.read_bytes()), type=_Index)
     except (zlib.error, msgspec.MsgspecError) as error:
         raise ValueError(f"an index that cannot be read: {error}") from error
+    if any(not 0 < block.size <= MAX_BLOCK or block.size % PAGE for block in index.blocks):
+        raise ValueError("an index of memory of a size that cannot be")
+    if any("/" in name or "\0" in name for name in index.files):
+        raise ValueError("an index that names files elsewhere")
     table = PageTable([Block(block.name, block.size) for block in index.blocks])
     table.files = list(index.files)
-    for which, block in enumerate(index.blocks):
-        numbers, places = array("L"), array("Q")
+    most = len(table.files) << 32
+    for block, all_places, all_digests in zip(index.blocks, table.places, table.digests,
+                                              strict=True):
+        numbers, places = array("Q"), array("Q")
         numbers.frombytes(block.numbers)
         places.frombytes(block.places)
+        if len(block.digests) != len(numbers) * DIGEST:
+            raise ValueError("an index without all digests")
+        if numbers and max(numbers) >= len(all_places):
+            raise ValueError("an index of pages outside the memory")
         for at, (number, place) in enumerate(zip(numbers, places, strict=True)):
-            if place >= IN_FILE and place >> 32 >= len(table.files):
+            if place != ZEROS and not (place < most and place & 0xffffffff >= IN_FILE):
                 raise ValueError("an index that mentions files which it does not name")
-            table.places[which][number] = place
-            table.digests[which][number * DIGEST:(number + 1) * DIGEST] = \
+            all_places[number] = place
+            all_digests[number * DIGEST:(number + 1) * DIGEST] = \
                 block.digests[at * DIGEST:(at + 1) * DIGEST]
     return table
+
+
+class _Template:
+    """The memory that a machine began with."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._fd = self._file.fileno()
+        self.size = os.fstat(self._fd).st_size
+        #: Per page: 0 where the file has a hole. Most is holes; to look into each costs more than
+        #: all else that is done for a page of zeros.
+        self._has_data = _pages_with_data(self._fd, self.size)
+
+    def is_zeros(self, number: int) -> bool:
+        return not self._has_data[number] or self.page(number) == _ZERO_PAGE
+
+    def is_like(self, number: int, data: memoryview) -> bool:
+        """Whether a page has just these bytes, which are not all zeros."""
+        return bool(self._has_data[number]) and self.page(number) == bytes(data)
+
+    def page(self, number: int) -> bytes:
+        return os.pread(self._fd, PAGE, number * PAGE)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _pages_with_data(fd: int, size: int) -> bytearray:
+    found = bytearray(size // PAGE)
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                break
+            raise
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        first, behind = start // PAGE, -(-at // PAGE)
+        found[first:behind] = b"\1" * (behind - first)
+    return found
 
 
 class PageWriter:
     """Takes the pages of one checkpoint and writes those that changed since the last.
 
-    ``table`` is changed; ``template`` is the memory file that the machine is a copy of, if any,
-    mapped by the block of that size.
+    ``table`` is changed; ``template`` is the memory file that the machine is a copy of, if any:
+    that of the first block of its size.
     """
 
     def __init__(self, table: PageTable, template: Path | None, directory: Path,
                  name: str) -> None:
         self._table = table
-        self._name = f"{name}.pages"
+        self._path = directory / f"{name}.pages"
         self._number = len(table.files)
         self._given_up = table.given_up(directory)
-        self._file: BinaryIO = (directory / self._name).open("xb", buffering=0)
+        self._template = _Template(template) if template else None
+        self._templated = -1
+        if self._template:
+            size = self._template.size
+            self._templated = next((i for i, each in enumerate(table.blocks)
+                                    if each.size == size), -1)
+        try:
+            self._file: BinaryIO = self._path.open("xb", buffering=0)
+        except OSError:
+            if self._template:
+                self._template.close()
+            raise
         self._gathered = bytearray()
         self._written = 0  # bytes in the file, those gathered not counted
-        self._base = _mapped(template) if template else None
-        size = len(self._base) if self._base else 0
-        self._templated = [i for i, block in enumerate(table.blocks) if block.size == size][:1]
-        self._digest_of_zeros = hashlib.sha256(bytes(PAGE)).digest()[:DIGEST]
-        table.files.append(self._name)
+        table.files.append(self._path.name)
 
     @property
     def written_bytes(self) -> int:
@@ -195,7 +255,11 @@ class PageWriter:
         places = self._table.places[block]
         place = places[number]
         if data is None:
-            places[number] = self._zeros(block, number)
+            if place != ZEROS:
+                places[number] = self._zeros(block, number)
+            return
+        if (place == AS_IN_TEMPLATE and block == self._templated and self._template
+                and self._template.is_like(number, data)):
             return
         digests, at = self._table.digests[block], number * DIGEST
         digest = hashlib.sha256(data).digest()[:DIGEST]
@@ -207,24 +271,18 @@ class PageWriter:
                 digests[at:at + DIGEST] = digest
                 self._write((place & 0xffffffff) - IN_FILE, data)
                 return
-        elif place == AS_IN_TEMPLATE and self._base is not None and block in self._templated:
-            start = number * PAGE
-            if bytes(self._base[start:start + PAGE]) == bytes(data):
-                return
         digests[at:at + DIGEST] = digest
-        slot = self.written_bytes // PAGE
+        slot = (self._written + len(self._gathered)) // PAGE
         places[number] = self._number << 32 | slot + IN_FILE
         self._write(slot, data)
 
     def _zeros(self, block: int, number: int) -> int:
         """Where a page of zeros is."""
-        if self._base is None:
+        if self._template is None:
             # The main memory of a new machine is zeros; firmware's own blocks are not.
             return AS_IN_TEMPLATE if self._table.blocks[block].size > MAIN_MEMORY else ZEROS
-        if block in self._templated:
-            start = number * PAGE
-            if bytes(self._base[start:start + PAGE]) == _ZERO_PAGE:
-                return AS_IN_TEMPLATE
+        if block == self._templated and self._template.is_zeros(number):
+            return AS_IN_TEMPLATE
         return ZEROS
 
     def _write(self, slot: int, data: memoryview) -> None:
@@ -245,12 +303,16 @@ class PageWriter:
         self._gathered = bytearray()
 
     def close(self) -> None:
-        """No more pages; the file is complete, but not yet on the disk."""
+        """No more pages; the file is complete, but not yet on the disk; none, if not needed."""
         try:
             self.flush()
         finally:
             self._file.close()
+            if self._template:
+                self._template.close()
         self._table.drop_unused()
+        if self._table.files[self._number] is None:
+            self._path.unlink()
 
 
 #: Bytes: every block of firmware is smaller, every machine's memory is larger.

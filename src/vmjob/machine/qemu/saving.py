@@ -19,6 +19,7 @@ import functools
 import os
 import shutil
 import socket
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ CAPABILITIES = [{"capability": "x-ignore-shared", "state": False},
 
 
 class _Devices(msgspec.Struct, frozen=True):
-    """On disk: what is before and behind the pages of a stream."""
+    """On disk, packed (which brings a checksum): what is before and behind a stream's pages."""
 
     head: bytes
     section: bytes
@@ -101,6 +102,7 @@ class Saver:
         #: The node and file that the guest writes to; layers below it that are not in the
         #: checkpoint directory yet.
         self._active = (argv.DISK, overlay)
+        self._disks = 0
         self._left: list[Path] = []
         #: A merged layer that is not there yet either: whoever tidies up does not know it.
         self._merged: Path | None = None
@@ -108,7 +110,10 @@ class Saver:
         self._nodes: dict[str, str] = {}
         if spec.saved is not None:
             self._state = _state(spec.saved)
-            self._table = read_index(spec.saved.directory / self._state.index)
+            try:
+                self._table = read_index(spec.saved.directory / self._state.index)
+            except (OSError, ValueError) as error:
+                raise CheckpointUnusable(f"a checkpoint cannot be read: {error}") from error
             self._nodes = {name: f"layer{n}" for n, name in enumerate(self._state.layers)}
 
     async def take(self, monitor: Monitor, directory: Path, name: str,
@@ -119,11 +124,16 @@ class Saver:
         ``suspended`` tells, at any time, whether the guest is to stand still afterwards.
         """
         try:
+            if any(directory.glob(f"{name}.*")):
+                raise CheckpointFailed(f"there is a checkpoint of the name {name} already")
             base = self._state
             if base is None:
                 base = await anyio.to_thread.run_sync(self._link_base, directory)
             taking = _Taking(monitor, directory, name, self._table, base.memory, suspended)
-            disk = (f"disk-{name}", self._spec.directory / f"disk-{name}.qcow2")
+            # Not by the checkpoint's name: when it fails too late, its disk is in use all the same.
+            self._disks += 1
+            node = f"disk{self._disks}"
+            disk = (node, self._spec.directory / f"{node}.qcow2")
             await self._add_disk(monitor, *disk)
             try:
                 await taking.catch_up()
@@ -141,6 +151,10 @@ class Saver:
             return await anyio.to_thread.run_sync(keep)
         except OSError as error:
             raise _failed(error) from error
+        except CheckpointFailed:
+            raise
+        except MachineError as error:
+            raise CheckpointFailed(f"no checkpoint was made: {error.message}") from error
 
     @property
     def crowded(self) -> bool:
@@ -197,7 +211,7 @@ class Saver:
         lower_disk_priority()
         index, state = directory / f"{name}.index", directory / f"{name}.devices"
         table.write_index(index)
-        state.write_bytes(msgspec.msgpack.encode(devices))
+        state.write_bytes(zlib.compress(msgspec.msgpack.encode(devices), 1))
         layers = list(base.layers)
         if self._merged is not None:
             self._merged.rename(directory / self._merged.stem)
@@ -239,6 +253,11 @@ class _Taking:
     async def catch_up(self) -> None:
         """Write all memory while the guest runs; returns when it stands still."""
         monitor = self._monitor
+        if (await monitor.execute("query-status"))["status"] == "postmigrate":
+            # Suspended since the checkpoint before: QEMU makes no second one in that state, which
+            # it leaves by no other way.
+            await monitor.execute("cont")
+            await monitor.execute("stop")
         monitor.forget_migration()
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
@@ -273,6 +292,8 @@ class _Taking:
         """Whatever has happened, let the guest go on; how long it stood still, seconds."""
         if not self._finished:
             with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+                with contextlib.suppress(MachineError):  # it has it only if it did not begin
+                    await self._monitor.execute("closefd", fdname="checkpoint")
                 await self._monitor.execute("migrate_cancel")
                 await self._go_on()
                 await self._read_all()
@@ -363,12 +384,13 @@ def opened(saved: Saved, memory_mb: int) -> Iterator[Opened]:
             if memory is not None and os.fstat(memory).st_size != memory_mb << 20:
                 raise CheckpointUnusable("a checkpoint of a machine with another memory")
             table = read_index(directory / state.index)
-            devices = msgspec.msgpack.decode((directory / state.devices).read_bytes(),
-                                             type=_Devices)
+            devices = msgspec.msgpack.decode(
+                zlib.decompress((directory / state.devices).read_bytes()), type=_Devices)
+            pages = table.stored(directory)
+            stack.callback(pages.close)
             yield Opened(memory, tuple(map(take, state.layers)),
-                         write(devices.head, devices.section, table.blocks,
-                               table.stored(directory), devices.tail))
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+                         write(devices.head, devices.section, table.blocks, pages, devices.tail))
+    except (OSError, ValueError, zlib.error, msgspec.MsgspecError) as error:
         raise CheckpointUnusable(f"a checkpoint cannot be read: {error}") from error
 
 

@@ -62,12 +62,12 @@ class _Short(Exception):
 
 
 class Reader:
-    """Takes a stream apart: `feed` it as it comes, then `finish`.
+    """Takes a stream apart: `feed` it as it comes, then `finish`; after an error it is of no use.
 
     ``begin(blocks)`` is called once and returns what is called for each page, ``page(block, number,
     data)``: the block's place in ``blocks``, the page's number in it, its bytes (valid until it
-    returns) or None for one of zeros. ``head`` and ``tail`` are what is before and behind the
-    pages.
+    returns) or None for one of zeros. What these two raise comes out of `feed`. ``head`` and
+    ``tail`` are what is before and behind the pages.
     """
 
     def __init__(self, begin: Callable[[list[Block]], TakePage]) -> None:
@@ -109,12 +109,11 @@ class Reader:
             at = max(at, *short.args)
             if self._state == self._read_head and len(view) > MAX_HEAD:
                 raise StreamError("a head without end") from None
-        finally:
-            if self._state == self._read_tail:
-                self._tail += view[at:]
-                at = len(view)
-            view.release()
-            del self._rest[:at]
+        if self._state == self._read_tail:
+            self._tail += view[at:]
+            at = len(view)
+        # Not shortened in place: whoever still holds a view of it would make that fail.
+        self._rest = self._rest[at:]
 
     def finish(self) -> None:
         """There are no more bytes; raises `StreamError` when some are missing."""
@@ -151,6 +150,8 @@ class Reader:
             total -= block.size
         if total or cursor.number(_QUAD) != FLAG_EOS:
             raise StreamError("blocks of memory that do not add up")
+        if len({block.name for block in blocks}) != len(blocks):
+            raise StreamError("two blocks of memory of one name")
         self._footer(cursor, section)
         self._section, self.blocks = section, blocks
         self._places = {block.name: place for place, block in enumerate(blocks)}
@@ -174,9 +175,12 @@ class Reader:
         while end - at >= 8:
             head, = unpack(view, at)
             start, flags = at + 8, head & FLAGS
-            if flags & FLAG_EOS:
+            if head == FLAG_EOS:
                 return self._read_end(view, at, start)
-            if not flags & FLAG_CONTINUE:
+            kind = flags & ~FLAG_CONTINUE
+            if kind not in (FLAG_PAGE, FLAG_ZERO):
+                raise StreamError(f"a page with flags {flags:#x}")
+            if kind == flags:
                 if end <= start or end < start + 1 + view[start]:
                     break
                 name = bytes(view[start + 1:start + 1 + view[start]])
@@ -190,20 +194,18 @@ class Reader:
                     raise StreamError("a page of no block")
             if head >= self.blocks[place].size:
                 raise StreamError("a page outside its block")
-            if flags & FLAG_PAGE:
+            if kind == FLAG_PAGE:
                 if end < start + PAGE:
                     break
                 page(place, head >> 12, view[start:start + PAGE])
                 at = start + PAGE
-            elif flags & FLAG_ZERO:
+            else:
                 if end <= start:
                     break
                 if view[start]:
                     raise StreamError("a page of one byte that is not zero")
                 page(place, head >> 12, None)
                 at = start + 1
-            else:
-                raise StreamError(f"a page with flags {flags:#x}")
             self._block = place
         raise _Short(at)
 

@@ -1,0 +1,1 @@
+"""Campaigns: crashes by the hundred, see docs/how-to/campaigns.md."""
