@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,8 +15,17 @@ import pytest
 
 from tests.conftest import eventually, session_processes
 from vmjob.home import Home
+from vmjob.keeper import slots
 
 pytestmark = pytest.mark.vm
+
+
+@pytest.fixture(autouse=True)
+def destroyed_at_last(vm_home: Home) -> Iterator[None]:
+    """A keeper outlives the test that fails; not this one."""
+    yield
+    for name in slots.names(vm_home):
+        vmjob("destroy", name)
 
 
 def vmjob(*arguments: str, code: int = 0, stdin: bytes | None = None) -> bytes:
