@@ -14,7 +14,15 @@ import functools
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -28,9 +36,9 @@ from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.slot import AskedMachine, Slot
 from vmjob.errors import MachineError, SlotUnusable, TimeLimit, UsageError, WrongState
 from vmjob.guest.agent.wire import MAX_MESSAGES
-from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, Stream, TaskEnd
+from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, Sink, Stream, TaskEnd
 from vmjob.home import Home
-from vmjob.job.model import Job, Network, Task, check_guest_path
+from vmjob.job.model import check_guest_path
 from vmjob.machine.contract import Driver, MachineSpec, Priority, Status
 
 __all__ = ["AsyncMachine", "Kept", "Machine", "Result"]
@@ -119,7 +127,7 @@ class AsyncMachine:
         forgotten (see `restore`). ``home`` defaults to ``VMJOB_HOME``. The default image is built
         when it is missing, which takes a minute. Raises any `VmjobError` but a `JobError`.
         """
-        asked = AskedMachine(image, memory_mb, cpus, disk_gb, network, accel, cpu)
+        asked = AskedMachine(image, memory_mb, cpus, disk_gb, network, accel, cpu, priority)
         with contextlib.ExitStack() as stack:
             owned = None
             if slot is not None:
@@ -150,8 +158,7 @@ class AsyncMachine:
     async def _opened(cls, asked: AskedMachine, priority: str, home: PathLike | None,
                       driver: Driver | None, slot: Slot | None, *, cold: bool,
                       again: bool = False) -> AsyncIterator[AsyncMachine]:
-        Job(tasks=(Task(("-",)),), memory_mb=asked.memory_mb, cpus=asked.cpus,
-            disk_gb=asked.disk_gb, network=_network(asked.network)).check()
+        asked.check()
         place = Home(home)
         if driver is None:
             from vmjob.machine.qemu.driver import QemuDriver
@@ -237,6 +244,19 @@ class AsyncMachine:
         """
         async with self._asking() as session:
             return await _followed(session, task, offsets)
+
+    async def follow(self, task: int, sink: Sink, *,
+                     offsets: Mapping[Stream, int] | None = None) -> TaskEnd:
+        """Like `result`, but hand the output to ``sink`` as it comes; return the end."""
+        async with self._asking() as session:
+            end = await session.client.follow(task, sink, offsets)
+            session.client.forget(task)
+            return end
+
+    async def feed(self, task: int, source: Callable[[], Awaitable[bytes]]) -> None:
+        """Write what ``source`` returns to a command's input until it returns ``b""``."""
+        async with self._asking() as session:
+            await session.client.feed(task, source)
 
     async def stop(self, task: int, *, number: int = signal.SIGTERM) -> None:
         """Send a signal (SIGTERM by default) to all processes of a command."""
@@ -364,13 +384,6 @@ class AsyncMachine:
             raise WrongState("the machine is gone: its block has ended")
         async with self._session.explaining():
             yield self._session
-
-
-def _network(name: str) -> Network:
-    try:
-        return Network(name)
-    except ValueError:
-        raise UsageError(f"{name!r} is not a network: use none or nat") from None
 
 
 def _priority(name: str) -> Priority:

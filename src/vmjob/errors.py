@@ -76,6 +76,11 @@ class BadPath(UsageError):
     standing_advice = "Use a path inside the job's directory, without '..'."
 
 
+class UnknownMachine(UsageError):
+    code = "unknown-machine"
+    standing_advice = "`vmjob machine list` shows what there is; `vmjob machine create` makes one."
+
+
 class WrongState(UsageError):
     code = "wrong-state"
     standing_advice = "Look at the machine's status, and call what that status allows."
@@ -222,6 +227,14 @@ class MachineDied(MachineError):
 
     code = "machine-died"
     standing_advice = "Run the job again; `--keep-on-failure` keeps the machine's logs."
+
+
+class KeeperLost(MachineError):
+    """The process that held a machine of `vmjob machine` ended, or does not answer."""
+
+    code = "keeper-lost"
+    standing_advice = ("`vmjob machine logs NAME` may tell why; `vmjob machine restore NAME` goes "
+                       "on from its newest checkpoint, if it has one.")
 
 
 class GuestPanic(MachineError):

@@ -5,6 +5,7 @@ The layout is an interface; ``docs/reference/home.md`` describes each file.
     images/NAME/        one image: manifest.json and its parts
     machines/ID/        one machine, gone when its owner is
     templates/KEY/      one frozen machine
+    slots/NAME/         one machine that stays between commands (`vmjob machine`)
     cache/              facts that can be found again (proved accelerators)
     locks/              one file per thing that only one process may do
 """
@@ -44,6 +45,10 @@ class Home:
     @property
     def templates(self) -> Path:
         return self._directory("templates")
+
+    @property
+    def slots(self) -> Path:
+        return self._directory("slots")
 
     @property
     def cache(self) -> Path:

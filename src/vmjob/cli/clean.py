@@ -9,6 +9,7 @@ from vmjob.engine.ownership import leftovers, sweep
 from vmjob.engine.templates import TemplateStore
 from vmjob.home import Home
 from vmjob.image.store import ImageStore
+from vmjob.keeper import slots
 
 __all__ = ["clean"]
 
@@ -22,10 +23,12 @@ def clean(dry_run: bool, templates: bool, as_json: bool) -> None:
     """Remove what killed processes left behind, and frozen machines of images that are gone.
 
     Every `vmjob run` does the first by itself when it starts. What belongs to a living process,
-    to another user or to another VMJOB_HOME is never touched.
+    to another user or to another VMJOB_HOME is never touched. Of machines (`vmjob machine`), what
+    dead keepers left is removed, checkpoints never.
     """
     home = Home()
     found = list(leftovers(home)) if dry_run else sweep(home)
+    left = list(slots.leftovers(home)) if dry_run else slots.sweep(home)
     store = TemplateStore(home)
     broken = store.unreadable()
     if not dry_run:
@@ -37,15 +40,17 @@ def clean(dry_run: bool, templates: bool, as_json: bool) -> None:
     if as_json:
         print_json({"home": str(home.root), "removed": not dry_run,
                     "machines": [each.id for each in found],
+                    "slots": [str(each.relative_to(home.slots)) for each in left],
                     "templates": [*(each.key for each in removed),
                                   *(each.name for each in broken)],
                     "templates_in_use": [each.key for each in old if each not in removed]})
         return
-    gone = [*(each.directory for each in found), *(each.directory for each in removed), *broken]
+    gone = [*(each.directory for each in found), *left, *(each.directory for each in removed),
+            *broken]
     for directory in gone:
         click.echo(f"{'would remove' if dry_run else 'removed'} {directory}")
     for each in old:
         if each not in removed:
             click.echo(f"in use, kept: {each.directory}")
-    if not found and not old and not broken:
+    if not found and not left and not old and not broken:
         click.echo("Nothing was left behind.")

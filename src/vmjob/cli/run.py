@@ -22,7 +22,7 @@ from vmjob.job.model import (
 )
 from vmjob.machine.contract import Priority
 
-__all__ = ["run"]
+__all__ = ["environment_of", "run"]
 
 MIB = 1 << 20
 #: Seconds between the checkpoints of a job in a slot, unless told otherwise: what a crash costs at
@@ -123,7 +123,7 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
     if checkpoint_every is not None and slot is None:
         raise UsageError("--checkpoint-every needs --slot: somewhere to keep the checkpoints")
     job = Job(
-        tasks=(Task(tuple(command), env=_environment(environment), user=user),),
+        tasks=(Task(tuple(command), env=environment_of(environment), user=user),),
         image=image, inputs=tuple(map(parse_input, inputs)),
         outputs=tuple(map(parse_output, outputs)), memory_mb=memory, cpus=cpus, disk_gb=disk,
         network=Network(network), time_limit=time_limit,
@@ -135,7 +135,8 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
     leave(asyncio.run(carry(job, how)))
 
 
-def _environment(given: tuple[str, ...]) -> dict[str, str]:
+def environment_of(given: tuple[str, ...]) -> dict[str, str]:
+    """What ``--env K=V`` options set; raises `UsageError`."""
     environment = {}
     for text in given:
         name, equals, value = text.partition("=")

@@ -98,7 +98,7 @@ class Generations:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         #: Manifests of generations that are no good: the next one must not be kept beside those.
         self._bad: set[str] = set()
         #: What was wrong with those that `tidy` removed, until somebody asks.
@@ -149,6 +149,25 @@ class Generations:
                 yield error
             else:
                 yield generation
+
+    def listed(self) -> list[Generation]:
+        """The generations whose manifest can be read, newest first; their files are not verified.
+
+        Needs no ownership: one that is removed meanwhile is left out.
+        """
+        found = []
+        for path in self._manifests():
+            with contextlib.suppress(CheckpointUnusable):
+                found.append(self._read(path))
+        return found
+
+    def bytes_of(self, generation: Generation) -> int:
+        """What a generation's files take on the disk; some may be another's as well."""
+        total = 0
+        for name in generation.files:
+            with contextlib.suppress(FileNotFoundError):
+                total += (self.directory / name).lstat().st_blocks * 512
+        return total
 
     def verify(self, generation: Generation) -> None:
         """Raise `CheckpointUnusable` unless every file is what it was when it was written.

@@ -29,10 +29,10 @@ import msgspec
 
 from vmjob.engine.generations import Generations
 from vmjob.engine.record import Record
-from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable
+from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable, UsageError
 from vmjob.home import remove_tree
 from vmjob.host import durable
-from vmjob.job.model import Job
+from vmjob.job.model import Job, Network, Task
 
 __all__ = ["Asked", "AskedMachine", "Slot", "Streams"]
 
@@ -70,6 +70,16 @@ class AskedMachine(msgspec.Struct, frozen=True):
     network: str = "none"
     accel: str = "auto"
     cpu: str = "host"
+    priority: str = "low"
+
+    def check(self) -> None:
+        """Raise `UsageError` for a machine that cannot be."""
+        try:
+            network = Network(self.network)
+        except ValueError:
+            raise UsageError(f"{self.network!r} is not a network: use none or nat") from None
+        Job(tasks=(Task(("-",)),), memory_mb=self.memory_mb, cpus=self.cpus, disk_gb=self.disk_gb,
+            network=network).check()
 
 
 class Slot:

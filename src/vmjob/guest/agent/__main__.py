@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 
 from .data import DataServer
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Without arguments: in a machine. Else: WORKDIR RUNDIR FD... for a process on the host.
     """
+    # The shell that started us in the background made them ignored, and jobs would inherit that.
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     if arguments:
         place = Place(workdir=arguments[0], run=arguments[1], cgroup=None, user=None)
         fds = [int(text) for text in arguments[2:]]
