@@ -95,8 +95,8 @@ class Recorder:
         self.log.append(Op("published", number=number))
 
     def condemn(self, made: Generations, number: int) -> None:
+        self.log.append(Op("condemned", number=number))  # from the first thing that it does on
         made.condemn(number)
-        self.log.append(Op("condemned", number=number))
 
 
 @dataclass
