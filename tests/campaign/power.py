@@ -87,17 +87,16 @@ class Recorder:
         self._inodes += 1
         self.log.append(Op("make", name, data=data, inode=self._inodes))
 
-    def publish(self, made: Generations, files: dict[str, bytes]) -> None:
+    def publish(self, made: Generations, number: int, files: dict[str, bytes]) -> None:
         """Publish a generation of these files, which are there."""
-        number = made.next_number()
         self.log.append(Op("publishes", number=number, data=repr(sorted(files.items())).encode()))
         draft = Draft(number, 0.0, "fake", "", {}, Progress([], 1, {}, {}, 0.0, 0))
         made.publish(draft, Checkpoint(tuple(files), {}, 0.0, 0))
         self.log.append(Op("published", number=number))
 
     def condemn(self, made: Generations, number: int) -> None:
+        self.log.append(Op("condemned", number=number))  # from the first thing that it does on
         made.condemn(number)
-        self.log.append(Op("condemned", number=number))
 
 
 @dataclass
@@ -304,7 +303,7 @@ def series(recorder: Recorder, made: Generations, rng: random.Random, count: int
             continue
         shared = {name: data for name, data in live.items() if rng.random() < 0.7}
         live = {**shared, **new}
-        recorder.publish(made, live)
+        recorder.publish(made, number, live)
 
 
 def _live(made: Generations) -> dict[str, bytes]:

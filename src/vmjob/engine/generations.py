@@ -131,6 +131,7 @@ class Generations:
         durable.write(beside, _sealed(generation))
         durable.sync(self.directory)  # the names of its files, before the name that needs them
         durable.replace(beside, self.directory / name)
+        self._bad.discard(name)  # one of that number may have been bad before all began anew
         durable.sync(self.directory)
         self.tidy()
         self._seal(generation, {name for name in files if name not in known})

@@ -40,7 +40,7 @@ def recorded(directory: Path) -> list[power.Op]:
             for name, data in new.items():
                 recorder.make(name, data)
             live |= new
-            recorder.publish(made, live)
+            recorder.publish(made, number, live)
     return recorder.log
 
 
