@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("long_job.py")
 TRIAL = 40
 #: Seconds between checkpoints, and from a start to the next mishap.
 EVERY = 2
-SOONEST, LATEST = 1.0, 9.0
+SOONEST, LATEST = 1.0, 6.0
 #: Seconds for which a job stands still, and in which one that was ended must be gone.
 STILL = 1.0
 GONE = 90.0

@@ -257,13 +257,13 @@ async def test_a_driver_without_checkpoints_says_so(driver: Driver, spec: Machin
     await machine.destroy()
 
 
-async def test_a_killed_hypervisor_is_a_crash(driver: Driver, spec: MachineSpec) -> None:
+async def test_a_hypervisor_that_somebody_kills_is_told_as_that(driver: Driver, spec: MachineSpec) -> None:
     machine = await driver.create(spec)
     async with running(machine) as client:
         os.kill(pid_of(machine), signal.SIGKILL)
         with anyio.fail_after(30):
             ended = await machine.ended()
-        assert ended.reason is EndReason.CRASHED
+        assert ended.reason is EndReason.KILLED
         assert "signal 9" in ended.detail
         assert machine.get_status() is Status.STOPPED
         with pytest.raises(VmjobError):

@@ -113,10 +113,10 @@ async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Con
     facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
              "kernel": image.manifest.kernel_version}
     request = Request(job, QemuDriver(), replace(shape, priority=how.priority), facts,
+                      {"accelerator_why": why},
                       hashes=how.as_json, cold=how.cold, survival=survival, control=control,
                       keep=Path("vmjob-failed").absolute() if how.keep else None)
     record = await run_job(home, request, terminal)
-    record.machine["accelerator_why"] = why
     doubt(home, shape, record.error)
     return record
 

@@ -27,12 +27,14 @@ from vmjob.errors import (
 from vmjob.home import Home
 from vmjob.host.facts import processor
 from vmjob.host.priority import lower_disk_priority
-from vmjob.machine.contract import MachineSpec
+from vmjob.machine.contract import EndReason, MachineSpec
 
 __all__ = ["continued", "keep", "turn"]
 
 #: Seconds between looks at the lock that another machine's checkpoint holds.
 LOCK_PERIOD = 0.05
+#: Seconds for which a checkpoint waits for another machine's.
+TURN_DEADLINE = 30.0
 #: Bytes that stay free on the disk whatever happens.
 LEFT_FREE = 64 << 20
 MIB = 1 << 20
@@ -72,7 +74,7 @@ async def continued(
     """A machine that goes on from the newest generation that is good; None when none is.
 
     What is wrong with others is told to ``warn``, and they are never tried again. Raises
-    `ProcessorChanged`: then nothing is given up.
+    `ProcessorChanged`, or `MachineDied` when the hypervisor was killed: then nothing is given up.
     """
     candidates = generations.newest_first()
     while (generation := await anyio.to_thread.run_sync(_next, candidates, warn)) is not None:
@@ -81,6 +83,8 @@ async def continued(
         try:
             return await stack.enter_async_context(open_one(saved)), generation
         except (MachineError, GuestError) as error:
+            if error.context.get("reason") == EndReason.KILLED:
+                raise  # that was not the checkpoint's fault
             warn(f"checkpoint {generation.number} is given up: {error.message}")
             generations.condemn(generation.number)
     return None
@@ -88,14 +92,18 @@ async def continued(
 
 @contextlib.asynccontextmanager
 async def turn(home: Home) -> AsyncIterator[None]:
-    """One checkpoint at a time: two would share the disk, and both take twice as long."""
+    """One checkpoint at a time: two would share the disk, and both take twice as long.
+
+    Whoever waited for too long goes ahead: it is manners, and the other may be stopped for good.
+    """
     with (home.locks / "checkpoint").open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await anyio.sleep(LOCK_PERIOD)
+        with anyio.move_on_after(TURN_DEADLINE):
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await anyio.sleep(LOCK_PERIOD)
         yield
 
 

@@ -60,6 +60,7 @@ class Survival:
 class Request:
     """A job with what it runs on: a driver, the shape of its machine, and whom to tell.
 
+    ``image_facts`` and ``machine_facts`` go into the record; the latter with what the driver tells.
     ``cold``: boot the machine, whatever templates there are. ``hashes``: whether the record gets
     the outputs' SHA-256 (they are read once more for it). ``keep``: where a failed job's machine
     logs go, if anywhere. ``control``: for who wants to suspend or keep it.
@@ -69,6 +70,7 @@ class Request:
     driver: Driver
     shape: MachineSpec
     image_facts: dict[str, Any]
+    machine_facts: dict[str, Any] = field(default_factory=dict)
     cold: bool = False
     hashes: bool = False
     keep: Path | None = None
@@ -82,13 +84,14 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     Errors of vmjob are in the record, not raised; only a cancellation passes through, after
     the machine is gone (a job with a slot can then be continued).
     """
-    record = Record(image=request.image_facts)
+    record = Record(image=request.image_facts, machine=dict(request.machine_facts))
     life = Life(record, grid)
     failure: VmjobError | None = None
     try:
-        request.job.check()
+        if request.survival is None:
+            request.job.check()
         async with _begun(home, request, grid, life) as (session, generation):
-            record.machine = describe(session)
+            record.machine |= describe(session)
             if session.cold_because:
                 grid.warning(f"the machine was booted, not copied: {session.cold_because}")
             async with session.explaining():
@@ -145,6 +148,7 @@ async def _begun(home: Home, request: Request, grid: Grid,
         if found is not None:
             yield found
             return
+        request.job.check()  # not before: a job that is continued has its inputs
         slot.generations.restart()
         yield await stack.enter_async_context(open_one(request.shape)), None
 

@@ -104,9 +104,10 @@ class Lease:
         self._seal = seal
 
     def check(self) -> None:
-        """Raise `TemplateUnusable` when somebody touched the files since they were verified."""
+        """Raise `TemplateUnusable` when somebody changed the files since they were verified."""
         if _seal(self.template.directory, self.template.manifest) != self._seal:
-            raise TemplateUnusable("a template was changed while it was used")
+            # A checkpoint's link to a file touches it as well, so only its bytes can tell.
+            _verify(self.template)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -163,14 +164,7 @@ class TemplateStore:
         seal = _seal(directory, template.manifest)
         path = self._home.cache / f"verified-template-{template.key}.json"
         if read_seal(path) != seal:
-            for name, file in template.manifest.files.items():
-                try:
-                    found = digest(directory / name)
-                except OSError as error:
-                    raise TemplateUnusable(f"the template {template.key} cannot be read: "
-                                           f"{error.strerror}") from error
-                if found != file.sha256:
-                    raise TemplateUnusable(f"the template {template.key} is damaged: {name}")
+            _verify(template)
             with contextlib.suppress(OSError):  # then it is read again next time
                 write_seal(path, seal)
         with contextlib.suppress(OSError):
@@ -280,6 +274,18 @@ def cap() -> int:
 def room_for(home: Home, shape: MachineSpec) -> bool:
     """Whether this computer's disk holds a template of a machine of this size."""
     return shutil.disk_usage(home.templates).free > 2 * (shape.memory_mb << 20)
+
+
+def _verify(template: Template) -> None:
+    """Read all of it; raises `TemplateUnusable` unless it is what was published."""
+    for name, file in template.manifest.files.items():
+        try:
+            found = digest(template.directory / name)
+        except OSError as error:
+            raise TemplateUnusable(f"the template {template.key} cannot be read: "
+                                   f"{error.strerror}") from error
+        if found != file.sha256:
+            raise TemplateUnusable(f"the template {template.key} is damaged: {name}")
 
 
 def _read(directory: Path) -> Template:

@@ -46,7 +46,8 @@ class EndReason(enum.StrEnum):
     PANIC = "panic"  # the guest's kernel gave up
     RESET = "reset"  # the guest restarted itself, which ends a machine (its agent died)
     NO_SPACE = "no-space"  # this computer had no room left for the machine's disk
-    CRASHED = "crashed"  # the hypervisor failed or was killed
+    KILLED = "killed"  # somebody killed the hypervisor, this computer out of memory for one
+    CRASHED = "crashed"  # the hypervisor failed
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,23 @@ async def test_a_template_that_is_touched_while_it_is_used_is_not_trusted(
     monkeypatch.setattr(FakeMachine, "start", touched)
     session = await use(home, shape)
     assert session.machine.spec.template is None
-    assert session.cold_because == "a template was changed while it was used"
+    assert "is damaged: memory" in str(session.cold_because)
     assert store.all() == []
+
+
+async def test_a_template_with_another_link_to_its_files_is_used_as_before(
+        home: Home, shape: MachineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    await use(home, shape)
+    real = FakeMachine.start
+
+    async def linked(machine: FakeMachine) -> object:
+        if machine.spec.template:  # as a checkpoint of another copy does it
+            (home.root / "link").hardlink_to(machine.spec.template / "memory")
+        return await real(machine)
+
+    monkeypatch.setattr(FakeMachine, "start", linked)
+    session = await use(home, shape)
+    assert session.machine.spec.template is not None
 
 
 async def test_a_template_whose_copies_do_not_start_is_dropped_and_the_machine_boots(

@@ -114,7 +114,7 @@ async def test_jobs_end_when_the_keeper_is_killed(spec: MachineSpec) -> None:
         assert machine.pid is not None
         os.kill(machine.pid, signal.SIGKILL)
         with anyio.fail_after(20):
-            assert (await machine.ended()).reason is EndReason.CRASHED
+            assert (await machine.ended()).reason is EndReason.KILLED
         assert gone(agent)
         assert gone(daemon)
 

@@ -256,6 +256,8 @@ class FakeMachine:
         assert self._keeper.stdout is not None
         said = (await self._keeper.stdout.read()).split()
         if code != 0 or not said:
+            if code == -signal.SIGKILL:
+                return Ended(EndReason.KILLED, "the fake machine was killed (signal 9)")
             how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
             return Ended(EndReason.CRASHED, f"the fake machine {how}")
         status = int(said[-1])

@@ -25,6 +25,7 @@ import anyio
 from vmjob.errors import (
     CheckpointUnusable,
     HostDiskFull,
+    MachineDied,
     MachineError,
     MachineStartFailed,
     TemplateUnusable,
@@ -188,7 +189,10 @@ class QemuMachine:
         except Exception as error:
             for sock in lanes.values():
                 sock.close()
+            ended = self._ended.result() if self._ended.done() else None
             await self.stop()
+            if ended is not None and ended.reason is EndReason.KILLED:
+                raise MachineDied(ended.detail, reason=str(ended.reason)) from error
             programs.version(binary)  # raises when that is what is wrong
             kind: type[MachineError] = MachineStartFailed
             if source:
@@ -443,5 +447,8 @@ def explain_end(asked: bool, code: int, reason: str | None, console: str, messag
         return Ended(EndReason.RESET, f"the machine ended: {cause[:200]}")
     if code == 0 and reason is not None:
         return Ended(EndReason.POWERED_OFF, "the machine switched itself off")
+    if code == -signal.SIGKILL:
+        return Ended(EndReason.KILLED, "QEMU was killed (signal 9): by somebody, or because this "
+                     "computer was out of memory")
     how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
     return Ended(EndReason.CRASHED, f"QEMU {how}" + (f": {messages}" if messages else ""))
