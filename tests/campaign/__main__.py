@@ -1,4 +1,4 @@
-"""``script/campaign kills`` and ``script/campaign power``."""
+"""``script/campaign kills``, ``long`` and ``power``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from tests.campaign import kills as killing
 from tests.campaign import power as cutting
+from tests.campaign.long import survive
 from tests.conftest import lend
 from vmjob.home import Home, remove_tree
 from vmjob.image.recipe import Recipe
@@ -64,6 +65,23 @@ def kills(count: int, seed: int | None, jobs: int, minutes: float | None, as_jso
         for each in found["wrong"]:
             _print(f"WRONG: {each}")
     sys.exit(1 if found["wrong"] else 0)
+
+
+@main.command()
+@click.option("--minutes", default=10.0, show_default=True, help="Length of the job.")
+@click.option("--count", default=100, show_default=True, help="Mishaps.")
+@click.option("--seed", type=int, help="The same seed chooses the same mishaps.")
+def long(minutes: float, count: int, seed: int | None) -> None:
+    """Let mishaps of all kinds happen to one long job, and compare its answer."""
+    store = ImageStore(Home())
+    store.current(Recipe()) or store.build(Recipe(), lambda fraction, text: None)
+    place = Path(tempfile.mkdtemp(prefix="campaign-"))
+    try:
+        found = survive(Home(), place, minutes, count, _seed(seed))
+    finally:
+        remove_tree(place)
+    _print(json.dumps(found, indent=1))
+    sys.exit(0 if found["right"] and not found["processes"] else 1)
 
 
 @main.command()

@@ -257,7 +257,8 @@ async def test_a_driver_without_checkpoints_says_so(driver: Driver, spec: Machin
     await machine.destroy()
 
 
-async def test_a_hypervisor_that_somebody_kills_is_told_as_that(driver: Driver, spec: MachineSpec) -> None:
+async def test_a_hypervisor_that_somebody_kills_is_told_as_that(driver: Driver,
+                                                               spec: MachineSpec) -> None:
     machine = await driver.create(spec)
     async with running(machine) as client:
         os.kill(pid_of(machine), signal.SIGKILL)
