@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from vmjob.engine.ownership import claim
+from vmjob.engine.ownership import claim, held
 from vmjob.engine.starting import boot
 from vmjob.engine.templates import Lease, TemplateStore, cap, key_of, room_for
 from vmjob.errors import HostDiskFull, TemplateUnusable
@@ -29,8 +28,6 @@ WARMING = (("true",), ("true",), ("sh", "-c", "true"), ("python3", "-c", "pass")
 #: Seconds for which the machine is left alone before it is frozen: the kernel has work that it puts
 #: off (writing back, RCU), which else every copy would do.
 QUIET = 0.5
-#: Seconds between looks at a lock that another process holds.
-LOCK_PERIOD = 0.05
 
 
 async def lease(home: Home, driver: Driver, shape: MachineSpec,
@@ -47,7 +44,7 @@ async def lease(home: Home, driver: Driver, shape: MachineSpec,
     if found is not None:
         return found
     on_phase("template")
-    async with _making(home.locks / f"template-{key}"):
+    async with held(home.locks / f"template-{key}"):
         found = await _in_thread(_usable, store, key)
         if found is None:
             await _make(home, driver, shape, identity)
@@ -55,23 +52,6 @@ async def lease(home: Home, driver: Driver, shape: MachineSpec,
     if found is None:
         raise TemplateUnusable("a template was removed as soon as it was made")
     return found
-
-
-@contextlib.asynccontextmanager
-async def _making(path: Path) -> AsyncIterator[None]:
-    """Hold the lock of a template's making, which others may hold for long.
-
-    Not by a thread that waits for it: as many as a pool has machines would take all threads there
-    are, and one whose caller was cancelled would get the lock for nobody.
-    """
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await anyio.sleep(LOCK_PERIOD)
-        yield
 
 
 async def _in_thread(work: Callable[..., Lease | None], *args: object) -> Lease | None:

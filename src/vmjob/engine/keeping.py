@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,6 +14,7 @@ import anyio
 import anyio.to_thread
 
 from vmjob.engine.generations import DIGITS, Draft, Generation, Generations
+from vmjob.engine.ownership import held
 from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session
 from vmjob.errors import (
@@ -31,8 +31,6 @@ from vmjob.machine.contract import EndReason, MachineSpec
 
 __all__ = ["continued", "keep", "turn"]
 
-#: Seconds between looks at the lock that another machine's checkpoint holds.
-LOCK_PERIOD = 0.05
 #: Seconds for which a checkpoint waits for another machine's.
 TURN_DEADLINE = 30.0
 #: Bytes that stay free on the disk whatever happens.
@@ -96,14 +94,7 @@ async def turn(home: Home) -> AsyncIterator[None]:
 
     Whoever waited for too long goes ahead: it is manners, and the other may be stopped for good.
     """
-    with (home.locks / "checkpoint").open("a") as file:
-        with anyio.move_on_after(TURN_DEADLINE):
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await anyio.sleep(LOCK_PERIOD)
+    async with held(home.locks / "checkpoint", TURN_DEADLINE):
         yield
 
 

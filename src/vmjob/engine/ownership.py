@@ -12,15 +12,19 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import anyio
 
 from vmjob.errors import HomeUnusable, HostDiskFull
 from vmjob.home import Home, remove_tree
 
-__all__ = ["Leftover", "claim", "leftovers", "sweep"]
+__all__ = ["Leftover", "claim", "held", "leftovers", "sweep"]
 
+#: Seconds between looks at a lock that another process holds.
+LOCK_PERIOD = 0.05
 LOCK = "lock"
 OWNER = "owner.json"
 NEW = ".new-"
@@ -62,6 +66,24 @@ def claim(home: Home) -> Iterator[tuple[str, Path]]:
     finally:
         remove_tree(directory)
         os.close(fd)
+
+
+@contextlib.asynccontextmanager
+async def held(path: Path, deadline: float | None = None) -> AsyncIterator[None]:
+    """Hold the lock ``path``, which others may hold for long; after ``deadline`` seconds, go ahead.
+
+    Not by a thread that waits for it: as many as a pool has machines would take all threads there
+    are, and one whose caller was cancelled would get the lock for nobody.
+    """
+    with path.open("a") as file:
+        with anyio.move_on_after(deadline):
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await anyio.sleep(LOCK_PERIOD)
+        yield
 
 
 def leftovers(home: Home) -> Iterator[Leftover]:
