@@ -56,13 +56,18 @@ class Checkpointer:
     async def take(self) -> Generation | None:
         """Make one now; None when no task runs, so that there is nothing to keep.
 
-        Raises `CheckpointFailed`, `HostDiskFull`; the job goes on, earlier checkpoints stay good.
+        That of a suspended job is made when it goes on. Raises `CheckpointFailed`, `HostDiskFull`;
+        the job goes on, earlier checkpoints stay good.
         """
-        async with turn(self._home), self._work.steady:
-            if not self._work.running:
-                return None
-            with self._life.during(State.CHECKPOINT):
-                return await self._take()
+        while True:
+            await self._clock.going()
+            async with turn(self._home), self._work.steady:
+                if not self._work.running:
+                    return None
+                if self._life.state is State.SUSPENDED:
+                    continue  # since it was its turn
+                with self._life.during(State.CHECKPOINT):
+                    return await self._take()
 
     async def _take(self) -> Generation:
         noted: list[Progress] = []
