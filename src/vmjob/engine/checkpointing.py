@@ -83,7 +83,10 @@ class Checkpointer:
                     await self._output.reached(noted[0].position)
             except TimeoutError:
                 raise CheckpointFailed("nobody takes the job's output") from None
-            await anyio.to_thread.run_sync(self._streams.sync)
+            try:
+                await anyio.to_thread.run_sync(self._streams.sync)
+            except ValueError:  # they are closed
+                raise CheckpointFailed("the job ended while it was being kept") from None
 
         limit = self._disk_limit
         room = None if limit is None else limit - self._slot.disk_bytes()
