@@ -56,13 +56,18 @@ class Checkpointer:
     async def take(self) -> Generation | None:
         """Make one now; None when no task runs, so that there is nothing to keep.
 
-        Raises `CheckpointFailed`, `HostDiskFull`; the job goes on, earlier checkpoints stay good.
+        That of a suspended job is made when it goes on. Raises `CheckpointFailed`, `HostDiskFull`;
+        the job goes on, earlier checkpoints stay good.
         """
-        async with turn(self._home), self._work.steady:
-            if not self._work.running:
-                return None
-            with self._life.during(State.CHECKPOINT):
-                return await self._take()
+        while True:
+            await self._clock.going()
+            async with turn(self._home), self._work.steady:
+                if not self._work.running:
+                    return None
+                if self._life.state is State.SUSPENDED:
+                    continue  # since it was its turn
+                with self._life.during(State.CHECKPOINT):
+                    return await self._take()
 
     async def _take(self) -> Generation:
         noted: list[Progress] = []
@@ -78,7 +83,10 @@ class Checkpointer:
                     await self._output.reached(noted[0].position)
             except TimeoutError:
                 raise CheckpointFailed("nobody takes the job's output") from None
-            await anyio.to_thread.run_sync(self._streams.sync)
+            try:
+                await anyio.to_thread.run_sync(self._streams.sync)
+            except ValueError:  # they are closed
+                raise CheckpointFailed("the job ended while it was being kept") from None
 
         limit = self._disk_limit
         room = None if limit is None else limit - self._slot.disk_bytes()

@@ -35,6 +35,11 @@ class RunClock:
             self._before, self._since = self.seconds, None
             self._tell()
 
+    async def going(self) -> None:
+        """Wait until the machine runs."""
+        while self._since is None:
+            await self._changed.wait()
+
     async def reach(self, seconds: float) -> None:
         """Wait until the clock shows that much."""
         while (left := seconds - self.seconds) > 0:
