@@ -42,7 +42,7 @@ class Broken(AssertionError):
 class Op:
     """One thing that was done; ``inode`` tells apart files that had the same name."""
 
-    kind: Literal["make", "sync", "rename", "unlink", "publishes", "published", "condemned"]
+    kind: Literal["make", "sync", "rename", "unlink", "publishes", "published", "doubted"]
     name: str = ""
     target: str = ""
     data: bytes = b""
@@ -94,9 +94,9 @@ class Recorder:
         made.publish(draft, Checkpoint(tuple(files), {}, 0.0, 0))
         self.log.append(Op("published", number=number))
 
-    def condemn(self, made: Generations, number: int) -> None:
-        self.log.append(Op("condemned", number=number))  # from the first thing that it does on
-        made.condemn(number)
+    def doubt(self, made: Generations, number: int) -> None:
+        self.log.append(Op("doubted", number=number))  # from the first thing that it does on
+        made.doubt(number)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Disk:
                 self.begun.setdefault(op.number, []).append(op.data)
             case "published":
                 self.published.append(op.number)
-            case "condemned":
+            case "doubted":
                 self.published = [each for each in self.published if each != op.number]
 
     def do_all(self, ops: list[Op]) -> None:
@@ -290,7 +290,7 @@ def series(recorder: Recorder, made: Generations, rng: random.Random, count: int
             live = _live(made)
         elif what == 1 and live:
             newest = next(each for each in made.newest_first() if isinstance(each, Generation))
-            recorder.condemn(made, newest.number)
+            recorder.doubt(made, newest.number)
             live = _live(made)
         number = made.next_number()
         new = {f"{number:06}.{kind}": rng.randbytes(rng.choice(SIZES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import anyio
@@ -27,15 +27,18 @@ class Control:
         self._checkpointer: Checkpointer | None = None
         self._turn = anyio.Lock()
 
-    @contextlib.contextmanager
-    def attached(self, session: Session, clock: RunClock, life: Life,
-                 checkpointer: Checkpointer | None) -> Iterator[None]:
-        """The job's tasks run while the block does."""
+    @contextlib.asynccontextmanager
+    async def attached(self, session: Session, clock: RunClock, life: Life,
+                       checkpointer: Checkpointer | None) -> AsyncIterator[None]:
+        """The job's tasks run while the block does; a machine that stands still then goes on."""
         self._parts, self._checkpointer = (session, clock, life), checkpointer
         try:
             yield
         finally:
-            self._parts = self._checkpointer = None
+            async with self._turn:
+                self._parts = self._checkpointer = None
+                if life.state is State.SUSPENDED:
+                    await self._go_on(session, clock, life)
 
     async def suspend(self) -> bool:
         """Stand still; true when the job does. Its clock stands still as well."""
@@ -54,11 +57,13 @@ class Control:
             if self._parts is None:
                 return
             session, clock, life = self._parts
-            if life.state is not State.SUSPENDED:
-                return
-            clock.go()
-            life.enter(State.RUN)
-            await session.resume()
+            if life.state is State.SUSPENDED:
+                await self._go_on(session, clock, life)
+
+    async def _go_on(self, session: Session, clock: RunClock, life: Life) -> None:
+        clock.go()
+        life.enter(State.RUN)
+        await session.resume()
 
     async def checkpoint(self, deadline: float) -> Generation | None:
         """Make a checkpoint within so many seconds; None when there was none to make, or no time.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 
 from vmjob.engine.progress import Progress
@@ -99,6 +100,8 @@ class Generations:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(mode=0o700, exist_ok=True)
+        #: Held while a generation is made: tidying up behind one would take another's files.
+        self.turn = anyio.Lock()
         #: Manifests of generations that are no good: the next one must not be kept beside those.
         self._bad: set[str] = set()
         #: What was wrong with those that `tidy` removed, until somebody asks.
@@ -194,9 +197,9 @@ class Generations:
                 raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
         self._seal(generation, read)
 
-    def condemn(self, number: int) -> None:
-        """Never use a generation again."""
-        _discard(self.directory / f"{number:0{DIGITS}}.json")
+    def doubt(self, number: int) -> None:
+        """Something went wrong with a generation: it goes when there is a newer one."""
+        self._bad.add(f"{number:0{DIGITS}}.json")
 
     def saved(self, generation: Generation) -> Saved:
         """What a driver continues from."""

@@ -21,12 +21,13 @@ from vmjob.errors import (
     CheckpointUnusable,
     GuestError,
     HostDiskFull,
-    MachineError,
+    MachineDied,
     ProcessorChanged,
 )
 from vmjob.home import Home
 from vmjob.host.facts import processor
 from vmjob.host.priority import lower_disk_priority
+from vmjob.host.unbroken import unbroken
 from vmjob.machine.contract import EndReason, MachineSpec
 
 __all__ = ["continued", "keep", "turn"]
@@ -46,6 +47,12 @@ async def keep(generations: Generations, session: Session, progress: Callable[[]
     before the generation counts. ``room``: bytes that it may take (None: what there is). Raises
     `CheckpointFailed`, `HostDiskFull`; older generations stay good.
     """
+    async with generations.turn:
+        return await _keep(generations, session, progress, settle, room)
+
+
+async def _keep(generations: Generations, session: Session, progress: Callable[[], Progress],
+                settle: Callable[[], Awaitable[None]], room: int | None) -> Generation:
     spec = session.machine.spec
     _check_room(generations, spec, room)
     number = generations.next_number()
@@ -60,7 +67,7 @@ async def keep(generations: Generations, session: Session, progress: Callable[[]
         return generations.publish(draft, checkpoint)
 
     try:
-        return await anyio.to_thread.run_sync(publish)
+        return await unbroken(anyio.to_thread.run_sync(publish))
     except OSError as error:
         raise HostDiskFull(f"a checkpoint could not be written: {error.strerror}") from error
 
@@ -71,8 +78,8 @@ async def continued(
         warn: Callable[[str], None]) -> tuple[Session, Generation] | None:
     """A machine that goes on from the newest generation that is good; None when none is.
 
-    What is wrong with others is told to ``warn``, and they are never tried again. Raises
-    `ProcessorChanged`, or `MachineDied` when the hypervisor was killed: then nothing is given up.
+    What is wrong with others is told to ``warn``. Nothing is removed. Raises `ProcessorChanged`,
+    `MachineStartFailed` when no machine starts here, `MachineDied` when the hypervisor was killed.
     """
     candidates = generations.newest_first()
     while (generation := await anyio.to_thread.run_sync(_next, candidates, warn)) is not None:
@@ -80,11 +87,12 @@ async def continued(
         saved = replace(shape, **generation.shape, saved=generations.saved(generation))
         try:
             return await stack.enter_async_context(open_one(saved)), generation
-        except (MachineError, GuestError) as error:
+        except (CheckpointUnusable, MachineDied, GuestError) as error:
             if error.context.get("reason") == EndReason.KILLED:
                 raise  # that was not the checkpoint's fault
+            # It may have been this computer's fault all the same, so nothing is removed yet.
             warn(f"checkpoint {generation.number} is given up: {error.message}")
-            generations.condemn(generation.number)
+            generations.doubt(generation.number)
     return None
 
 

@@ -149,8 +149,9 @@ async def _begun(home: Home, request: Request, grid: Grid,
             yield found
             return
         request.job.check()  # not before: a job that is continued has its inputs
-        slot.generations.restart()
-        yield await stack.enter_async_context(open_one(request.shape)), None
+        session = await stack.enter_async_context(open_one(request.shape))
+        slot.generations.restart()  # not before: perhaps no machine starts here today
+        yield session, None
 
 
 async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
@@ -184,7 +185,8 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
                                         life, grid, survival.disk_limit)
         clock.go()
         async with contextlib.AsyncExitStack() as helpers:
-            helpers.enter_context(request.control.attached(session, clock, life, checkpointer))
+            await helpers.enter_async_context(
+                request.control.attached(session, clock, life, checkpointer))
             await helpers.enter_async_context(beside(_keep_time(session, life)))
             if checkpointer is not None and survival is not None and survival.every is not None:
                 await helpers.enter_async_context(beside(checkpointer.every(survival.every)))

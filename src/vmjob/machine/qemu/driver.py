@@ -35,6 +35,7 @@ from vmjob.guest.agent.wire import LANES
 from vmjob.host.facts import processor
 from vmjob.host.guard import guarded
 from vmjob.host.priority import set_processor_priority
+from vmjob.host.unbroken import unbroken
 from vmjob.machine.contract import (
     TEMPLATE_DISK_GB,
     BootParts,
@@ -59,6 +60,8 @@ __all__ = ["QemuDriver", "QemuMachine"]
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 #: Seconds from SIGKILL until a process must be gone.
 KILL_DEADLINE = 30.0
+#: Seconds in which a QEMU that failed has ended, so that one can tell how.
+END_PATIENCE = 1.0
 #: Seconds for loading a checkpoint: as fast as the disk reads, up to the machine's whole memory.
 RESTORE_DEADLINE = 600.0
 #: Bytes of QEMU's own messages that are shown.
@@ -179,8 +182,10 @@ class QemuMachine:
         self._monitor = Monitor(self.spec.id, self._kill)
         self._ended = asyncio.get_running_loop().create_task(self._watch())
         lanes = {name: ours[name] for name in LANES}
+        began = False
         try:
             await self._monitor.connect(ours["monitor"])
+            began = True
             if isinstance(source, frozen.Opened):
                 await self._thaw(source)
             elif source:
@@ -189,14 +194,17 @@ class QemuMachine:
         except Exception as error:
             for sock in lanes.values():
                 sock.close()
+            await asyncio.wait([self._ended], timeout=END_PATIENCE)
             ended = self._ended.result() if self._ended.done() else None
             await self.stop()
             if ended is not None and ended.reason is EndReason.KILLED:
                 raise MachineDied(ended.detail, reason=str(ended.reason)) from error
             programs.version(binary)  # raises when that is what is wrong
             kind: type[MachineError] = MachineStartFailed
-            if source:
-                kind = TemplateUnusable if isinstance(source, frozen.Opened) else CheckpointUnusable
+            if isinstance(source, frozen.Opened):
+                kind = TemplateUnusable
+            elif source and began:  # it takes command line and files, but not the state
+                kind = CheckpointUnusable
             raise kind(f"QEMU did not start: {self._messages() or error}",
                        **self.facts()) from error
         except BaseException:
@@ -232,11 +240,12 @@ class QemuMachine:
             await monitor.execute("migrate-incoming", uri="fd:checkpoint")
             await self._before_its_end(self._loaded(monitor))
             await feeding
-        except BaseException:
+        except BaseException as caught:
             self._kill()  # it takes what is fed no more: so the feeding ends, too
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([feeding])
-            if not feeding.cancelled() and (error := feeding.exception()):
+            if isinstance(caught, Exception) and not feeding.cancelled() and (
+                    error := feeding.exception()):
                 raise error from None
             raise
         await monitor.execute("cont")
@@ -254,8 +263,10 @@ class QemuMachine:
             saver = self._saver = self._saver or saving.Saver(self.spec, self.overlay)
             await self._end_merging(patience=saving.MERGE_PATIENCE if saver.crowded else 0)
             try:
-                return await saver.take(monitor, directory, name, while_still,
-                                              lambda: self._status is Status.SUSPENDED)
+                return await unbroken(
+                    saver.take(monitor, directory, name, while_still,
+                               lambda: self._status is Status.SUSPENDED),
+                    may_cancel=lambda: not saver.committed)
             finally:
                 self._merging = asyncio.ensure_future(saver.merge(monitor, directory))
 

@@ -128,6 +128,10 @@ class Monitor:
         """Another one is about to begin."""
         self._migration = "none"
 
+    def end_machine(self) -> None:
+        """Kill QEMU: nobody can tell any more in what state it is."""
+        self._on_no_space()
+
     def version(self) -> str | None:
         """QEMU's version as it said in its greeting: ``7.2.22``."""
         greeting = self._client.greeting

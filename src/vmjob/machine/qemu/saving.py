@@ -80,6 +80,8 @@ class Saver:
         #: checkpoint directory yet.
         self._active = (argv.DISK, overlay)
         self._disks = 0
+        #: Whether the checkpoint under way has changed the disk: then it must not be left halfway.
+        self.committed = False
         self._left: list[Path] = []
         #: A merged layer that is not there yet either: whoever tidies up does not know it.
         self._merged: Path | None = None
@@ -112,14 +114,13 @@ class Saver:
             disk = (node, self._spec.directory / f"{node}.qcow2")
             await self._add_disk(monitor, *disk)
             before = monitor.stood_still
+            self.committed = False
             with _quick_threads():
                 try:
                     taking = await self._caught_up(monitor, directory, name, base.memory, suspended)
                     try:
-                        await monitor.execute("blockdev-snapshot", node=self._active[0],
-                                              overlay=disk[0])
-                        self._left.append(self._active[1])
-                        self._nodes[self._active[1].name], self._active = self._active[0], disk
+                        self.committed = True
+                        await self._add_layer(monitor, *disk)
                         while_still()
                         table, devices, machine_type = await taking.finish()
                     finally:
@@ -186,6 +187,18 @@ class Saver:
         self._nodes[merged] = node
         self._state = _replaced(state, layers=[*rest, merged])
 
+    async def _add_layer(self, monitor: Monitor, node: str, path: Path) -> None:
+        """Let the guest write to a new layer from now on; raises `MachineError`."""
+        try:
+            await monitor.execute("blockdev-snapshot", node=self._active[0], overlay=node)
+        except MachineError:
+            # Without an answer in time, QEMU may have done it all the same.
+            disks = await monitor.execute("query-block")
+            if not any(each.get("inserted", {}).get("node-name") == node for each in disks):
+                raise
+        self._left.append(self._active[1])
+        self._nodes[self._active[1].name], self._active = self._active[0], (node, path)
+
     async def _add_disk(self, monitor: Monitor, node: str, path: Path) -> None:
         await anyio.to_thread.run_sync(frozen.make_disk, path, self._spec.disk_gb)
         for options in argv.layer(node, str(path), "qcow2", read_only=False):
@@ -209,8 +222,13 @@ class Saver:
         """Write the rest, and make the last layers of the disk part of the checkpoint."""
         lower_disk_priority()
         index, state = directory / f"{name}.index", directory / f"{name}.devices"
-        table.write_index(index)
-        state.write_bytes(zlib.compress(msgspec.msgpack.encode(devices), 1))
+        try:
+            table.write_index(index)
+            state.write_bytes(zlib.compress(msgspec.msgpack.encode(devices), 1))
+        except OSError:  # what it filled must be free for the next one
+            for path in (directory / f"{name}.pages", index, state):
+                path.unlink(missing_ok=True)
+            raise
         layers = list(base.layers)
         if self._merged is not None:
             self._merged.rename(directory / self._merged.stem)
@@ -316,16 +334,18 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         beside = target.with_name(f"{target.name}.new")
-        shutil.copyfile(source, beside)
-        beside.rename(target)
+        try:
+            shutil.copyfile(source, beside)
+            beside.rename(target)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 async def _remove_disk(monitor: Monitor, node: str, path: Path) -> None:
-    """Take back a layer that was not used."""
-    with anyio.CancelScope(shield=True):
+    """Take back a layer that was not used; one that QEMU does not let go of stays."""
+    with anyio.CancelScope(shield=True), contextlib.suppress(MachineError):
         for name in (node, f"{node}-file"):
-            with contextlib.suppress(MachineError):
-                await monitor.execute("blockdev-del", **{"node-name": name})
+            await monitor.execute("blockdev-del", **{"node-name": name})
         path.unlink(missing_ok=True)
 
 

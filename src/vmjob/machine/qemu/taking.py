@@ -82,7 +82,7 @@ class Taking:
         self._writer: PageWriter | None = None
         self._reader = Reader(self._begin)
         self._reading: asyncio.Future[None] | None = None
-        self._finished = False
+        self._completed = self._goes_on = False
         #: Set when only the last pages are left; when the first, and the last ones, may be read.
         self._late = asyncio.Event()
         self._first = threading.Event()
@@ -158,8 +158,9 @@ class Taking:
         await self._monitor.execute("migrate-continue", state="pre-switchover")
         if not await self._reaches("completed", FINISH):
             raise CheckpointFailed("QEMU did not write the machine's devices in time")
-        self._finished = True
+        self._completed = True
         await self._go_on()
+        self._goes_on = True
         await self._read_all()
         assert self._table is not None
         reader = self._reader
@@ -170,23 +171,28 @@ class Taking:
         """Whatever has happened, let the guest go on."""
         self._first.set()
         self._go.set()
-        if self._finished:
+        if self._goes_on:
             return
-        with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-            with contextlib.suppress(MachineError):  # it has it only if it did not begin
-                await self._monitor.execute("closefd", fdname="checkpoint")
-            await self._monitor.execute("migrate_cancel")
-            await self._go_on()
-            await self._read_all()
+        with anyio.CancelScope(shield=True):
+            if not self._completed:
+                with contextlib.suppress(MachineError):  # it has it only if it did not begin
+                    await self._monitor.execute("closefd", fdname="checkpoint")
+                with contextlib.suppress(MachineError):
+                    await self._monitor.execute("migrate_cancel")
+            try:
+                await self._go_on()
+            except (MachineError, TimeoutError):
+                # A guest that stands still for ever is worse than a job that is resumed.
+                self._monitor.end_machine()
+            with contextlib.suppress(Exception):
+                await self._read_all()
         for path in self._directory.glob(f"{self._name}.*"):
             path.unlink(missing_ok=True)
 
     async def _go_on(self) -> None:
         """Let the guest run; QEMU refuses while it still clears up behind a migration."""
-        if self._suspended():
-            return
         with anyio.fail_after(FINISH):
-            while True:
+            while not self._suspended():
                 try:
                     await self._monitor.execute("cont")
                 except MachineError as error:
