@@ -203,8 +203,8 @@ class QemuMachine:
             kind: type[MachineError] = MachineStartFailed
             if isinstance(source, frozen.Opened):
                 kind = TemplateUnusable
-            elif source and began:  # it takes command line and files, but not the state
-                kind = CheckpointUnusable
+            elif source and (began or "-blockdev" in self._messages()):
+                kind = CheckpointUnusable  # QEMU works, but does not take this state, or this disk
             raise kind(f"QEMU did not start: {self._messages() or error}",
                        **self.facts()) from error
         except BaseException:
@@ -241,6 +241,9 @@ class QemuMachine:
             await self._before_its_end(self._loaded(monitor))
             await feeding
         except BaseException as caught:
+            if isinstance(caught, Exception) and self._ended is not None:
+                await asyncio.wait([self._ended], timeout=END_PATIENCE)  # perhaps that is the cause
+            self._asked_to_end = self._status is not Status.STOPPED
             self._kill()  # it takes what is fed no more: so the feeding ends, too
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([feeding])
