@@ -145,4 +145,4 @@ def _shape(spec: MachineSpec) -> dict[str, object]:
 
 def _processor(spec: MachineSpec) -> str:
     """What a machine's guest sees of this computer's processor; '' where it is emulated."""
-    return processor() if spec.accelerator in ("kvm", "hvf", "whpx") else ""
+    return processor() if spec.runs_natively else ""

@@ -28,6 +28,10 @@ __all__ = ["BootParts", "Capabilities", "Checkpoint", "Driver", "Ended", "EndRea
 TEMPLATE_DISK_GB = 10
 
 
+#: Accelerators that are no emulation.
+NATIVE = frozenset({"kvm", "hvf", "whpx"})
+
+
 class Status(enum.StrEnum):
     """Where a machine is in its life."""
 
@@ -160,6 +164,11 @@ class MachineSpec:
     saved: Saved | None = None
     priority: Priority = Priority.LOW
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def runs_natively(self) -> bool:
+        """Whether the guest's code runs on this computer's own processor, whose kind it sees."""
+        return self.accelerator in NATIVE
 
 
 class Machine(Protocol):

@@ -103,7 +103,7 @@ class QemuDriver:
         none = argv.Descriptors(-1, -1, dict.fromkeys(LANES, -1))
         found = {"argv": argv.command_line(binary, shape, nowhere, none),
                  "program": programs.identity(binary)}
-        if spec.accelerator != "tcg":  # then it is this computer's processor that the guest saw
+        if spec.runs_natively:  # then it is this computer's processor that the guest saw
             found["processor"] = processor()
         return found
 

@@ -102,6 +102,7 @@ class Saver:
 
         ``suspended`` tells, at any time, whether the guest is to stand still afterwards.
         """
+        self.committed = False
         try:
             if any(directory.glob(f"{name}.*")):
                 raise CheckpointFailed(f"there is a checkpoint of the name {name} already")
@@ -114,7 +115,6 @@ class Saver:
             disk = (node, self._spec.directory / f"{node}.qcow2")
             await self._add_disk(monitor, *disk)
             before = monitor.stood_still
-            self.committed = False
             with _quick_threads():
                 try:
                     taking = await self._caught_up(monitor, directory, name, base.memory, suspended)

@@ -82,7 +82,7 @@ class Taking:
         self._writer: PageWriter | None = None
         self._reader = Reader(self._begin)
         self._reading: asyncio.Future[None] | None = None
-        self._completed = self._goes_on = False
+        self._completed = self._goes_on = self._whole = False
         #: Set when only the last pages are left; when the first, and the last ones, may be read.
         self._late = asyncio.Event()
         self._first = threading.Event()
@@ -162,17 +162,24 @@ class Taking:
         await self._go_on()
         self._goes_on = True
         await self._read_all()
+        self._whole = True
         assert self._table is not None
         reader = self._reader
         return (self._table, Devices(reader.head, reader.section, reader.tail),
                 reader.machine_type)
 
     async def end(self) -> None:
-        """Whatever has happened, let the guest go on."""
+        """Whatever has happened, let the guest go on; of what is not whole, nothing is left."""
         self._first.set()
         self._go.set()
-        if self._goes_on:
+        if self._whole:
             return
+        if not self._goes_on:
+            await self._recover()
+        for path in self._directory.glob(f"{self._name}.*"):
+            path.unlink(missing_ok=True)
+
+    async def _recover(self) -> None:
         with anyio.CancelScope(shield=True):
             if not self._completed:
                 with contextlib.suppress(MachineError):  # it has it only if it did not begin
@@ -184,10 +191,8 @@ class Taking:
             except (MachineError, TimeoutError):
                 # A guest that stands still for ever is worse than a job that is resumed.
                 self._monitor.end_machine()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # what failed was told already
                 await self._read_all()
-        for path in self._directory.glob(f"{self._name}.*"):
-            path.unlink(missing_ok=True)
 
     async def _go_on(self) -> None:
         """Let the guest run; QEMU refuses while it still clears up behind a migration."""
