@@ -19,6 +19,7 @@ from vmjob.engine.templates import Lease, TemplateStore, cap, key_of, room_for
 from vmjob.errors import HostDiskFull, TemplateUnusable
 from vmjob.guest.client import SHORT_COMMAND, AgentClient, Identity
 from vmjob.home import Home
+from vmjob.host.unbroken import unbroken
 from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, MachineSpec
 
 __all__ = ["lease"]
@@ -103,13 +104,9 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec,
                 client.close()
             try:
                 # To its end, even when cancelled: the directory is removed after this.
-                publishing = asyncio.ensure_future(anyio.to_thread.run_sync(
+                await unbroken(anyio.to_thread.run_sync(
                     TemplateStore(home).publish, directory, files, identity, hello,
                     time.monotonic() - began))
-                try:
-                    await asyncio.shield(publishing)
-                finally:
-                    await _ended(publishing)
             except OSError as error:
                 raise HostDiskFull(f"cannot keep a template: {error.strerror}") from error
         finally:

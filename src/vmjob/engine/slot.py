@@ -51,13 +51,12 @@ T = TypeVar("T")
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What a slot's job was asked for with; ``digest`` is that of its image."""
+    """What a slot's job was asked for with."""
 
     job: Job
     accel: str = "auto"
     cpu: str = "host"
     checkpoint_every: float | None = None
-    digest: str = ""
 
 
 class AskedMachine(msgspec.Struct, frozen=True):

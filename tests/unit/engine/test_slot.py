@@ -209,7 +209,7 @@ def test_a_job_is_read_as_it_was_written(root: Path) -> None:
               outputs=(Output("out", Path("/results/out")),), memory_mb=256, cpus=2, disk_gb=3,
               network=Network.NAT, time_limit=2.5, output_limit=7, stream_limit=8,
               on_flood=OnFlood.STOP)
-    asked = Asked(job, "tcg", "baseline", 60.0, "abc")
+    asked = Asked(job, "tcg", "baseline", 60.0)
     with Slot.claim(root) as slot:
         slot.begin(asked)
     with Slot.claim(root) as slot:
