@@ -42,7 +42,7 @@ class Broken(AssertionError):
 class Op:
     """One thing that was done; ``inode`` tells apart files that had the same name."""
 
-    kind: Literal["make", "sync", "rename", "unlink", "publishes", "published", "doubted"]
+    kind: Literal["make", "sync", "rename", "unlink", "publishes", "published", "undone"]
     name: str = ""
     target: str = ""
     data: bytes = b""
@@ -94,9 +94,14 @@ class Recorder:
         made.publish(draft, Checkpoint(tuple(files), {}, 0.0, 0))
         self.log.append(Op("published", number=number))
 
-    def doubt(self, made: Generations, number: int) -> None:
-        self.log.append(Op("doubted", number=number))  # from the first thing that it does on
-        made.doubt(number)
+    def undo(self, made: Generations, number: int) -> None:
+        """Give up a generation, the newest, for what there is before it."""
+        self.log.append(Op("undone", number=number))  # from the first thing that it does on
+        older = [each.number for each in made.listed() if each.number < number]
+        if older:
+            made.go_back(older[0])
+        else:
+            made.restart()
 
 
 @dataclass
@@ -147,7 +152,7 @@ class Disk:
                 self.begun.setdefault(op.number, []).append(op.data)
             case "published":
                 self.published.append(op.number)
-            case "doubted":
+            case "undone":
                 self.published = [each for each in self.published if each != op.number]
 
     def do_all(self, ops: list[Op]) -> None:
@@ -290,7 +295,7 @@ def series(recorder: Recorder, made: Generations, rng: random.Random, count: int
             live = _live(made)
         elif what == 1 and live:
             newest = next(each for each in made.newest_first() if isinstance(each, Generation))
-            recorder.doubt(made, newest.number)
+            recorder.undo(made, newest.number)
             live = _live(made)
         number = made.next_number()
         new = {f"{number:06}.{kind}": rng.randbytes(rng.choice(SIZES))

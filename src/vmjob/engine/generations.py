@@ -102,8 +102,6 @@ class Generations:
         directory.mkdir(mode=0o700, exist_ok=True)
         #: Held while a generation is made: tidying up behind one would take another's files.
         self.turn = anyio.Lock()
-        #: Manifests of generations that are no good: the next one must not be kept beside those.
-        self._bad: set[str] = set()
         #: What was wrong with those that `tidy` removed, until somebody asks.
         self._lost: list[CheckpointUnusable] = []
 
@@ -134,7 +132,6 @@ class Generations:
         durable.write(beside, _sealed(generation))
         durable.sync(self.directory)  # the names of its files, before the name that needs them
         durable.replace(beside, self.directory / name)
-        self._bad.discard(name)  # one of that number may have been bad before all began anew
         durable.sync(self.directory)
         self.tidy()
         self._seal(generation, {name for name in files if name not in known})
@@ -149,7 +146,6 @@ class Generations:
                 generation = self._read(path)
                 self.verify(generation)
             except CheckpointUnusable as error:
-                self._bad.add(path.name)
                 yield error
             else:
                 yield generation
@@ -197,9 +193,18 @@ class Generations:
                 raise CheckpointUnusable(f"checkpoint {generation.number} is damaged: {name}")
         self._seal(generation, read)
 
-    def doubt(self, number: int) -> None:
-        """Something went wrong with a generation: it goes when there is a newer one."""
-        self._bad.add(f"{number:0{DIGITS}}.json")
+    def go_back(self, number: int) -> None:
+        """The job goes on from this generation; what was newer is removed, for good.
+
+        Before anything else changes in the slot: a power cut must not bring back a generation
+        whose output was given up for an older one's.
+        """
+        newer = [path for path in self._manifests() if int(path.stem) > number]
+        if newer:
+            for path in newer:
+                _discard(path)
+            durable.sync(self.directory)
+            self.tidy()
 
     def saved(self, generation: Generation) -> Saved:
         """What a driver continues from."""
@@ -210,7 +215,7 @@ class Generations:
         needed = {VERIFIED}
         kept = 0
         for path in self._manifests():
-            if kept < KEPT and path.name not in self._bad:
+            if kept < KEPT:
                 try:
                     needed |= {path.name, *self._read(path).files}
                 except CheckpointUnusable as error:

@@ -78,21 +78,24 @@ async def continued(
         warn: Callable[[str], None]) -> tuple[Session, Generation] | None:
     """A machine that goes on from the newest generation that is good; None when none is.
 
-    What is wrong with others is told to ``warn``. Nothing is removed. Raises `ProcessorChanged`,
-    `MachineStartFailed` when no machine starts here, `MachineDied` when the hypervisor was killed.
+    What is wrong with others is told to ``warn``; newer ones are removed once it runs, not before.
+    Raises `ProcessorChanged`, `MachineStartFailed` when no machine starts here, `MachineDied` when
+    the hypervisor was killed.
     """
     candidates = generations.newest_first()
     while (generation := await anyio.to_thread.run_sync(_next, candidates, warn)) is not None:
         _check_processor(generation, shape)
         saved = replace(shape, **generation.shape, saved=generations.saved(generation))
         try:
-            return await stack.enter_async_context(open_one(saved)), generation
+            session = await stack.enter_async_context(open_one(saved))
         except (CheckpointUnusable, MachineDied, GuestError) as error:
             if error.context.get("reason") == EndReason.KILLED:
                 raise  # that was not the checkpoint's fault
             # It may have been this computer's fault all the same, so nothing is removed yet.
             warn(f"checkpoint {generation.number} is given up: {error.message}")
-            generations.doubt(generation.number)
+        else:
+            await anyio.to_thread.run_sync(generations.go_back, generation.number)
+            return session, generation
     return None
 
 
