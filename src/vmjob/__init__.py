@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         VmjobError,
     )
     from vmjob.guest.client import Entry, Limits, TaskEnd
-    from vmjob.job.model import Input, Job, Output, Task
+    from vmjob.job.files import Folder, Input, Output
+    from vmjob.job.model import Forward, Hardware, Job, Task, Triggers
     from vmjob.pool import AsyncPool, Pool
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
     # machines that are ready before they are asked for
     "Pool", "AsyncPool",
     # a job, as a whole
-    "Job", "Task", "Input", "Output", "Record",
+    "Job", "Task", "Input", "Output", "Folder", "Triggers", "Forward", "Hardware", "Record",
     # what can go wrong
     "VmjobError", "UsageError", "HostError", "ImageError", "MachineError", "GuestError",
     "JobError",
@@ -47,7 +48,8 @@ _HOMES = {
     "Machine": "api", "AsyncMachine": "api", "Result": "api", "Kept": "api",
     "Limits": "guest.client",
     "TaskEnd": "guest.client", "Entry": "guest.client", "Job": "job.model", "Task": "job.model",
-    "Input": "job.model", "Output": "job.model", "Record": "engine.record",
+    "Triggers": "job.model", "Forward": "job.model", "Hardware": "job.model",
+    "Input": "job.files", "Output": "job.files", "Folder": "job.files", "Record": "engine.record",
     "Pool": "pool", "AsyncPool": "pool",
 }
 

@@ -38,7 +38,7 @@ from vmjob.errors import MachineError, SlotUnusable, TimeLimit, UsageError, Wron
 from vmjob.guest.agent.wire import MAX_MESSAGES
 from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, Sink, Stream, TaskEnd
 from vmjob.home import Home
-from vmjob.job.model import check_guest_path
+from vmjob.job.files import check_guest_path
 from vmjob.machine.contract import Driver, MachineSpec, Priority, Status
 
 __all__ = ["AsyncMachine", "Kept", "Machine", "Result"]

@@ -91,6 +91,11 @@ class NotSupported(UsageError):
     standing_advice = "See `capabilities` of the driver for what it can do."
 
 
+class JobFileInvalid(UsageError):
+    code = "job-file-invalid"
+    standing_advice = "`vmjob job check FILE` names the lines, and what to write instead."
+
+
 # -- this computer ---------------------------------------------------------------------------
 
 

@@ -26,7 +26,8 @@ from vmjob.cli.carrying import How, carry
 from vmjob.engine.generations import Generations
 from vmjob.engine.life import Life
 from vmjob.guest.lane import Lane
-from vmjob.job.model import Input, Job, Output, Task
+from vmjob.job.files import Input, Output
+from vmjob.job.model import Job, Task
 from vmjob.machine.contract import Priority
 from vmjob.machine.qemu.monitor import Monitor
 

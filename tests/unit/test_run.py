@@ -22,7 +22,8 @@ from vmjob.engine.run import Request, run_job
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
-from vmjob.job.model import Job, OnFlood, Task, check_guest_path, parse_input, parse_output
+from vmjob.job.files import check_guest_path, parse_input, parse_output
+from vmjob.job.model import Job, OnFlood, Task
 from vmjob.machine.contract import MachineSpec
 from vmjob.machine.fake import FakeDriver, Faults
 

@@ -11,15 +11,8 @@ import click
 
 from vmjob.cli.carrying import How, carry, leave
 from vmjob.errors import UsageError
-from vmjob.job.model import (
-    DEFAULT_STREAM_LIMIT,
-    Job,
-    Network,
-    OnFlood,
-    Task,
-    parse_input,
-    parse_output,
-)
+from vmjob.job.files import parse_input, parse_output
+from vmjob.job.model import DEFAULT_STREAM_LIMIT, Job, Network, OnFlood, Task
 from vmjob.machine.contract import Priority
 
 __all__ = ["environment_of", "run"]

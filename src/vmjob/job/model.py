@@ -1,14 +1,18 @@
-"""The records: a `Job` is a list of `Task`s with files and limits."""
+"""The records: a `Job` is a list of `Task`s with files and limits.
+
+Whatever language a job was written in, it becomes these; see the readers beside this module.
+"""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from vmjob.errors import BadPath, InputMissing, InputUnreadable, UsageError
+from vmjob.errors import BadPath, UsageError
+from vmjob.job.files import Folder, Input, Output, check_guest_path, check_input
 
-__all__ = ["Input", "Job", "Network", "OnFlood", "Output", "Task", "parse_input", "parse_output"]
+__all__ = ["Job", "Task", "Triggers", "Forward", "Hardware", "Network", "OnFlood"]
 
 #: Smallest machine that Debian's kernel and the agent run in with room for a small job, MiB
 #: (measured: 96 boots and answers, 80 panics).
@@ -36,31 +40,20 @@ class OnFlood(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Input:
-    """A file or directory of the host that the job finds at ``destination``.
-
-    ``destination`` is relative to the job's directory, or absolute in the machine.
-    """
-
-    source: Path
-    destination: str
-
-
-@dataclass(frozen=True)
-class Output:
-    """A file or directory that the job makes (``source``), and where it goes on the host."""
-
-    source: str
-    destination: Path
-
-
-@dataclass(frozen=True)
 class Task:
     """One command.
 
     ``cwd`` defaults to the job's directory, ``user`` to the unprivileged user ``job``. Limits:
     ``cpu_seconds`` and ``memory_bytes`` of all its processes together, ``file_bytes`` of each
     file, ``processes`` at one time; None: the machine's own bounds.
+
+    ``name`` is for messages; '' means the program's. ``stdin``, ``stdout``, ``stderr``: files in
+    the machine (relative to the job's directory) instead of the job's streams; the output files are
+    appended to. ``weight``: its share of the job's fraction done. ``fraction_file``: where it
+    writes its own, a number from 0 to 1 on the last line. ``checkpoint_file``: one whose change
+    says that the program could start again from there. ``time_limit``: seconds of run time after
+    which it is ended, which counts as success. ``may_fail``: the tasks after it run even so.
+    ``daemon``: it runs beside the others, from before the first to after the last.
     """
 
     argv: tuple[str, ...]
@@ -71,6 +64,77 @@ class Task:
     memory_bytes: int | None = None
     file_bytes: int | None = None
     processes: int | None = None
+    name: str = ""
+    stdin: str | None = None
+    stdout: str | None = None
+    stderr: str | None = None
+    weight: float = 1.0
+    fraction_file: str | None = None
+    checkpoint_file: str | None = None
+    time_limit: float | None = None
+    may_fail: bool = False
+    daemon: bool = False
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return self.name or self.argv[0].rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Triggers:
+    """Files by which a job speaks to whoever runs it; paths below the folder named ``shared``.
+
+    ``completion``: the job is over; first line the exit code, second whether the volunteer is to be
+    told (a number), then a message. ``temporary_exit``: the job is to be continued later; first
+    line seconds, then as above. ``fraction_done``: a number from 0 to 1 on the last line.
+    ``heartbeat``: a file that must change every ``heartbeat_interval`` seconds of run time.
+    ``trickles``: messages for the project's server, removed when they are sent. ``uploads``: output
+    files to be uploaded as soon as they are there. ``credit``: floating-point and integer
+    operations so far, one number on each of the first two lines.
+    """
+
+    completion: str | None = None
+    temporary_exit: str | None = None
+    fraction_done: str | None = None
+    heartbeat: str | None = None
+    heartbeat_interval: float = 600.0
+    trickles: tuple[str, ...] = ()
+    uploads: tuple[str, ...] = ()
+    credit: str | None = None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A TCP port of this computer that leads to one of the machine.
+
+    ``host_port`` 0: any that is free. Bound to loopback unless ``remote``. ``web``: it is a page to
+    look at, whose address whoever shows the job wants to know.
+    """
+
+    guest_port: int
+    host_port: int = 0
+    remote: bool = False
+    web: bool = False
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Devices that only some jobs want; paths are files of the host, never written.
+
+    ``disk``: the job's own disk image, which is booted instead of a vmjob image; ``iso``: the same
+    on a CD, ``iso_first``: both, the CD first. ``cache_disk``: a second disk. ``mailbox``: what the
+    first half of a 28 KiB floppy disk holds. ``display``: a screen, to be seen over VNC from this
+    computer with a password; ``screenshots``: a picture of it is kept when the job fails.
+    """
+
+    disk: Path | None = None
+    iso: Path | None = None
+    iso_first: bool = False
+    cache_disk: Path | None = None
+    mailbox: bytes | None = None
+    display: bool = False
+    screenshots: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +143,12 @@ class Job:
 
     Sizes: ``memory_mb`` MiB, ``disk_gb`` GiB, ``output_limit`` bytes for each output,
     ``stream_limit`` bytes for each of stdout and stderr. ``time_limit`` is seconds from the
-    start of the first task to the end of the last (None: none).
+    start of the first task to the end of the last (None: none); after ``duration`` seconds the job
+    is ended as well, but has succeeded.
+
+    ``cpu``: `MachineSpec.cpu_model`. ``packages``: Debian packages or tar archives of the host that
+    are installed in the machine first. ``checkpoint_every``: seconds of run time between
+    checkpoints where there is a slot; None: whatever the caller chooses; 0: none but the last one.
     """
 
     tasks: tuple[Task, ...]
@@ -94,82 +163,37 @@ class Job:
     output_limit: int | None = None
     stream_limit: int = DEFAULT_STREAM_LIMIT
     on_flood: OnFlood = OnFlood.DISCARD
+    cpu: str | None = None
+    folders: tuple[Folder, ...] = ()
+    triggers: Triggers = Triggers()
+    duration: float | None = None
+    checkpoint_every: float | None = None
+    forwards: tuple[Forward, ...] = ()
+    hardware: Hardware = Hardware()
+    packages: tuple[Path, ...] = ()
 
     def check(self) -> None:
         """Raise the first thing that is wrong with this job; nothing was started then."""
         if not self.tasks or not all(task.argv and task.argv[0] for task in self.tasks):
             raise UsageError("there is no command to run")
+        if all(task.daemon for task in self.tasks):
+            raise UsageError("all tasks are daemons: there is none whose end is the job's")
         for what, value, least, most in (
                 ("memory (MiB)", self.memory_mb, LEAST_MEMORY_MB, MOST_MEMORY_MB),
                 ("number of CPUs", self.cpus, 1, MOST_CPUS),
                 ("disk (GiB)", self.disk_gb, 1, MOST_DISK_GB)):
             if not least <= value <= most:
                 raise UsageError(f"{what}: {value} is not between {least} and {most}")
-        if self.time_limit is not None and self.time_limit <= 0:
-            raise UsageError(f"the time limit must be more than 0 seconds, not {self.time_limit}")
+        for what, seconds in (("time limit", self.time_limit), ("duration", self.duration)):
+            if seconds is not None and seconds <= 0:
+                raise UsageError(f"the {what} must be more than 0 seconds, not {seconds}")
         for given in self.inputs:
             check_input(given)
+        for folder in self.folders:
+            if folder.destination:
+                check_guest_path(folder.destination)
         destinations = [output.destination for output in self.outputs]
         for destination in destinations:
             if destinations.count(destination) > 1:
                 raise BadPath(f"two outputs would go to {str(destination)!r}",
                               advice="Give each its own place: --out GUEST:HOST.")
-
-
-def check_input(given: Input) -> None:
-    """Raise `InputMissing` or `InputUnreadable` where an input cannot be copied."""
-    check_guest_path(given.destination)
-    try:
-        with given.source.open("rb") if given.source.is_file() else _Nothing():
-            found = given.source.exists()
-    except PermissionError as error:
-        raise InputUnreadable(f"cannot read {str(given.source)!r}: {error.strerror}") from None
-    except OSError as error:
-        raise InputMissing(f"cannot use {str(given.source)!r}: {error.strerror}") from None
-    if not found:
-        raise InputMissing(f"there is no {str(given.source)!r}")
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-def check_guest_path(path: str) -> str:
-    """A path of the machine that a user may name: no ``..``, no control characters."""
-    if not path or path == "/" or "\0" in path or ".." in PurePosixPath(path).parts:
-        raise BadPath(f"{path!r} is not a path inside the machine that can be used here")
-    if any(ord(c) < 32 or ord(c) == 127 for c in path):
-        raise BadPath(f"{path!r} has control characters")
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadPath(f"{path!a} is not UTF-8") from None
-    return path
-
-
-def parse_input(text: str) -> Input:
-    """``SRC[:DST]``; DST defaults to the last part of SRC, in the job's directory."""
-    source, colon, destination = text.rpartition(":")
-    if not colon or Path(text).exists():
-        source, destination = text, ""
-    path = Path(source)
-    name = destination or Path(path.absolute()).name
-    if destination.endswith("/"):
-        name = destination + Path(path.absolute()).name
-    return Input(path, check_guest_path(name))
-
-
-def parse_output(text: str) -> Output:
-    """``GUEST[:HOST]``; HOST defaults to the last part of GUEST, in the current directory."""
-    source, _, destination = text.partition(":")
-    check_guest_path(source)
-    if not destination and source.startswith("/"):
-        raise BadPath(f"where on this computer should {source!r} go?",
-                      advice=f"Say it: --out {source}:NAME")
-    name = PurePosixPath(source).name
-    target = Path(destination or name)
-    if destination.endswith("/"):
-        target = Path(destination) / name
-    return Output(source.rstrip("/"), target.absolute())

@@ -29,7 +29,8 @@ from vmjob.grid.contract import Quiet
 from vmjob.guest.client import AgentClient
 from vmjob.guest.lane import Lane
 from vmjob.home import Home
-from vmjob.job.model import Job, OnFlood, Task, parse_output
+from vmjob.job.files import parse_output
+from vmjob.job.model import Job, OnFlood, Task
 from vmjob.machine.contract import MachineSpec
 from vmjob.machine.fake import FakeDriver, Faults
 

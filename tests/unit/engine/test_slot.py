@@ -18,7 +18,8 @@ from vmjob.engine.record import Record
 from vmjob.engine.slot import Asked, AskedMachine, Slot, Streams
 from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable
 from vmjob.host import durable
-from vmjob.job.model import Input, Job, Network, OnFlood, Output, Task
+from vmjob.job.files import Input, Output
+from vmjob.job.model import Job, Network, OnFlood, Task
 from vmjob.machine.contract import Checkpoint
 
 ASKED = Asked(Job((Task(("true",)),)))

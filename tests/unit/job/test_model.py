@@ -10,16 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmjob.errors import BadPath, InputMissing, InputUnreadable, UsageError, VmjobError
-from vmjob.job.model import (
+from vmjob.job.files import (
     Input,
-    Job,
     Output,
-    Task,
     check_guest_path,
     check_input,
     parse_input,
     parse_output,
 )
+from vmjob.job.model import Job, Task
 
 GOOD = Job(tasks=(Task(("true",)),))
 
