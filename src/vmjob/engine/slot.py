@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -235,6 +236,7 @@ class Streams:
         Raises `HostDiskFull`; `SlotUnusable` when there is less than that.
         """
         self._files: dict[str, BinaryIO] = {}
+        self._using = threading.Lock()
         with contextlib.ExitStack() as opened:
             for name in STREAMS:
                 path = slot.root / name
@@ -262,13 +264,25 @@ class Streams:
             raise HostDiskFull(f"cannot write the job's {stream}: {error.strerror}") from error
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        """Return when all that was written is on the disk; may be called from any thread.
+
+        Raises `HostDiskFull`; `ValueError` when they are closed.
+        """
+        with self._using:  # once it is dup'ed, a file may be closed while it is being synced
+            copies = [os.dup(file.fileno()) for file in self._files.values()]
+        try:
+            for copy in copies:
+                os.fsync(copy)
+        except OSError as error:
+            raise HostDiskFull(f"cannot write the job's output: {error.strerror}") from error
+        finally:
+            for copy in copies:
+                os.close(copy)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        with self._using:
+            for file in self._files.values():
+                file.close()
 
 
 def _decoded(kind: type, value: object) -> object:
