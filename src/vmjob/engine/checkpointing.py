@@ -9,10 +9,11 @@ from vmjob.engine.clock import RunClock
 from vmjob.engine.generations import Generation
 from vmjob.engine.keeping import keep, turn
 from vmjob.engine.life import Life, State
+from vmjob.engine.output import Output
 from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session
 from vmjob.engine.slot import Slot, Streams
-from vmjob.engine.work import Output, Work
+from vmjob.engine.work import Work
 from vmjob.errors import CheckpointFailed, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.home import Home

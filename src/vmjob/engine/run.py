@@ -16,9 +16,10 @@ import anyio.to_thread
 from vmjob.engine.clock import RunClock
 from vmjob.engine.control import Control
 from vmjob.engine.life import Life, State
+from vmjob.engine.output import Output
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
-from vmjob.engine.work import Output, Work
+from vmjob.engine.work import Work
 from vmjob.errors import (
     JobError,
     OutputMissing,

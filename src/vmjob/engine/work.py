@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import anyio
 
 from vmjob.engine.clock import RunClock
+from vmjob.engine.output import Output
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record, exit_code_of
 from vmjob.engine.session import Session, beside
@@ -17,60 +18,10 @@ from vmjob.grid.contract import Grid
 from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.job.model import Job, OnFlood, Task
 
-if TYPE_CHECKING:
-    from vmjob.engine.slot import Streams
-
-__all__ = ["Output", "Work"]
+__all__ = ["Work"]
 
 #: Seconds from the signal that ends a job (SIGTERM) to the one that cannot be ignored.
 GRACE = 5.0
-
-
-class Output:
-    """Counts a job's output, passes it on up to its limit, and says when that is reached.
-
-    With ``streams``, it is kept there before anybody hears of it. ``position``: bytes of each
-    stream so far, from the beginning of the first task.
-    """
-
-    def __init__(self, job: Job, grid: Grid, record: Record, streams: Streams | None,
-                 position: dict[str, int]) -> None:
-        self._limit = job.stream_limit
-        self._grid = grid
-        self._record = record
-        self._streams = streams
-        self._moved = anyio.Event()
-        self.position = {"stdout": 0, "stderr": 0, **position}
-        self.flooded = anyio.Event()
-        #: Why this side ended the job, if it did.
-        self.stopped_for: str | None = None
-        self._note()
-
-    async def take(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
-        """The next bytes of a stream."""
-        room = max(0, self._limit - self.position[stream])
-        if room and self._streams is not None:
-            self._streams.write(stream, data[:room])
-        self.position[stream] += len(data)
-        self._note()
-        self._moved.set()
-        self._moved = anyio.Event()
-        if len(data) > room and not self.flooded.is_set():
-            self.flooded.set()
-            self._grid.warning(f"{stream} is longer than {self._limit} bytes; the rest is "
-                               "thrown away")
-        if room:
-            await self._grid.output(stream, data[:room])
-
-    async def reached(self, position: dict[str, int]) -> None:
-        """Wait until all up to there was taken."""
-        while any(self.position[stream] < wanted for stream, wanted in position.items()):
-            await self._moved.wait()
-
-    def _note(self) -> None:
-        seen = self.position
-        self._record.stdout_bytes, self._record.stderr_bytes = seen["stdout"], seen["stderr"]
-        self._record.discarded_bytes = sum(max(0, each - self._limit) for each in seen.values())
 
 
 class Work:

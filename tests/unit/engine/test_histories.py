@@ -525,7 +525,8 @@ async def _turns(count: int) -> None:
 def carry(home: Home, program: Program, history: list[Round]) -> None:
     """Carry a job through a history; it is as it must be afterwards."""
     before = open_descriptors()
-    with tempfile.TemporaryDirectory(dir=MEMORY) as directory, pytest.MonkeyPatch.context() as patch:
+    with (tempfile.TemporaryDirectory(dir=MEMORY) as directory,
+          pytest.MonkeyPatch.context() as patch):
         root, clock = Path(directory) / "slot", Clock()
         patch.setattr("vmjob.engine.clock.time", clock)
         # While the start of a command waits for its end, there are no checkpoints.
