@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from vmjob.guest.client import TaskEnd
@@ -14,7 +16,9 @@ class Progress(msgspec.Struct, frozen=True):
 
     ``ends``: how its first tasks ended. ``number``: the agent's number of the task after those.
     ``received``: bytes of that task's streams that came; ``position``: bytes of all tasks' streams
-    up to there. ``run_seconds`` of the job so far; ``messages_seen`` of its messages.
+    up to there. ``run_seconds`` of the job so far; ``messages_seen`` of its messages. ``daemons``:
+    the agent's numbers of those; ``task_since``: run time when the task that runs began, seconds.
+    ``folders``: what `Mirror.known` says of each folder, by name.
     """
 
     ends: list[TaskEnd]
@@ -23,3 +27,6 @@ class Progress(msgspec.Struct, frozen=True):
     position: dict[str, int]
     run_seconds: float
     messages_seen: int
+    daemons: list[int] = []
+    task_since: float = 0.0
+    folders: dict[str, dict[str, Any]] = {}

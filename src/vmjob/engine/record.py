@@ -27,7 +27,8 @@ class Record(msgspec.Struct):
 
     ``exit_code`` is the process exit code of ``vmjob run``: the job's own, 128+N when signal N
     ended it, or 125, 126, 127 when ``error`` says that it did not run to its end. ``phases`` are
-    seconds: `vmjob.engine.life.State`, and ``total``.
+    seconds: `vmjob.engine.life.State`, and ``total``. ``message``: what the job said of its end,
+    and whether that is for the owner of the computer (``notice``).
     """
 
     exit_code: int = 125
@@ -43,6 +44,8 @@ class Record(msgspec.Struct):
     discarded_bytes: int = 0
     warnings: list[str] = []
     kept: str | None = None
+    message: str = ""
+    notice: bool = False
 
 
 def exit_code_of(end: TaskEnd) -> int:

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
+from dataclasses import dataclass
 from typing import Literal
 
 import anyio
 
 from vmjob.engine.clock import RunClock
+from vmjob.engine.commands import command
+from vmjob.engine.fraction import overall, parse_fraction
 from vmjob.engine.output import Output
+from vmjob.engine.peeking import peek
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record, exit_code_of
 from vmjob.engine.session import Session, beside
-from vmjob.errors import AgentProtocol, JobError, TimeLimit
+from vmjob.errors import AgentProtocol, JobError, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.job.model import Job, OnFlood, Task
 
-__all__ = ["Work"]
+__all__ = ["Verdict", "Work"]
 
 #: Seconds from the signal that ends a job (SIGTERM) to the one that cannot be ignored.
 GRACE = 5.0
+#: What only this side can have ended a task for; `TaskEnd.ended_by`.
+OURS = frozenset({"time-limit", "duration", "task-limit", "output-limit", "verdict", "job-over"})
+
+
+#: Seconds between looks at a task's fraction file, and the longest one that is read, bytes.
+FRACTION_PERIOD = 2.0
+FRACTION_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a job ended by its own word, whatever its tasks still did; see `Record`."""
+
+    exit_code: int
+    message: str = ""
+    notice: bool = False
 
 
 class Work:
@@ -31,20 +52,29 @@ class Work:
                  clock: RunClock, progress: Progress | None = None) -> None:
         self._session = session
         self._job = job
+        self._tasks = [task for task in job.tasks if not task.daemon]
         self._grid = grid
         self._record = record
         self._output = output
         self._clock = clock
         self._number: int | None = None
+        self._daemons: list[int] | None = None
+        #: Run time of the job when the task that runs began, seconds.
+        self._since = 0.0
         self._offsets: dict[Literal["stdout", "stderr"], int] = {}
         #: Bytes of the streams before the task that runs.
         self._base = dict(output.position)
         #: Held while a task begins or ends: host and guest are then not of one mind about it.
         self.steady = anyio.Lock()
+        self._over = anyio.Event()
+        self._verdict: Verdict | VmjobError | None = None
+        #: Why this side ended the task, if it did.
+        self._stopped_for: str | None = None
         self._continued = progress is not None
         if progress is not None:
             record.tasks = list(progress.ends)
-            self._number = progress.number
+            self._number, self._daemons = progress.number, list(progress.daemons)
+            self._since = progress.task_since
             self._offsets = {"stdout": progress.received.get("stdout", 0),
                              "stderr": progress.received.get("stderr", 0)}
             self._base = {stream: count - progress.received.get(stream, 0)
@@ -66,39 +96,72 @@ class Work:
             list(self._record.tasks), self._number,
             {str(stream): count for stream, count in received.items()},
             {stream: self._base[stream] + count for stream, count in received.items()},
-            self._clock.seconds, client.messages_seen)
+            self._clock.seconds, client.messages_seen, list(self._daemons or ()), self._since)
+
+    def end(self, verdict: Verdict | VmjobError) -> None:
+        """The job is over, whatever its tasks do; `run` then returns, or raises the error."""
+        if self._verdict is None:
+            self._verdict = verdict
+            self._over.set()
 
     async def run(self) -> None:
-        """Run the tasks in order; the first that fails is the last."""
+        """Run the tasks in order; the first that fails is the last, unless it may."""
         self._session.client.on_message(self._heard)
-        for task in self._job.tasks[len(self._record.tasks):]:
-            end = await self._run_task(task)
-            if end.ended_by == "time-limit":
-                raise TimeLimit(f"the job did not end within {self._job.time_limit:g} seconds")
-            if end.ended_by == "out-of-memory":
-                self._grid.warning("the machine ran out of memory and ended the job's largest "
-                                   "process; --memory gives it more")
-            if end.ended_by == "output-limit":
-                raise JobError("the job was ended because it wrote more than its stream limit",
-                               advice="Raise --stream-limit, or let the rest be discarded.")
-            if self._record.exit_code != 0:
+        await self._start_daemons()
+        async with contextlib.AsyncExitStack() as watches:
+            ended = [anyio.Event() for _ in self._daemons or ()]
+            for index, number in enumerate(self._daemons or ()):
+                await watches.enter_async_context(
+                    beside(self._watch_daemon(index, number, ended[index])))
+            await self._run_tasks()
+            await self._end_daemons(ended)
+
+    async def _run_tasks(self) -> None:
+        for task in self._tasks[len(self._record.tasks):]:
+            if self._verdict is None:
+                await self._one(task)
+            if self._verdict is not None:
+                break
+            if self._record.exit_code != 0 or self._stopped_for == "duration":
                 return
+        if isinstance(self._verdict, VmjobError):
+            raise self._verdict
+        if self._verdict is not None:
+            record = self._record
+            record.exit_code, record.message = self._verdict.exit_code, self._verdict.message
+            record.notice = self._verdict.notice
+
+    async def _one(self, task: Task) -> None:
+        """Run a task and judge its end."""
+        end = await self._run_task(task)
+        if end.ended_by == "time-limit":
+            raise TimeLimit(f"the job did not end within {self._job.time_limit:g} seconds")
+        if end.ended_by == "out-of-memory":
+            self._grid.warning("the machine ran out of memory and ended the job's largest "
+                               "process; --memory gives it more")
+        if end.ended_by == "output-limit":
+            raise JobError("the job was ended because it wrote more than its stream limit",
+                           advice="Raise --stream-limit, or let the rest be discarded.")
+        if end.ended_by in ("task-limit", "duration"):
+            self._record.exit_code = 0
+        elif self._record.exit_code != 0 and task.may_fail:
+            self._grid.warning(f"{task.title} failed ({self._record.exit_code}), which it may")
+            self._record.exit_code = 0
+        self._fraction(0.0)
 
     async def _run_task(self, task: Task) -> TaskEnd:
         client = self._session.client
+        feeds = self._grid.has_input and task.stdin is None
         async with self.steady:
             if self._number is None:
-                self._number = await client.start(
-                    list(task.argv), env=task.env, cwd=task.cwd, user=task.user,
-                    limits=Limits(cpu_seconds=task.cpu_seconds, memory_bytes=task.memory_bytes,
-                                  file_bytes=task.file_bytes, processes=task.processes),
-                    stdin=self._grid.has_input,
-                    wait=0.0 if self._grid.has_input else SHORT_COMMAND)
+                self._since = self._clock.seconds
+                self._number = await self._start(task, feeds)
+            self._grid.task(task.title, len(self._record.tasks) + 1, len(self._tasks))
         number = self._number
-        async with beside(self._feed(number)), beside(self._enforce(number)):
+        async with beside(self._feed(number, feeds)), beside(self._enforce(task, number)), \
+                beside(self._read_fractions(task)):
             end = await client.follow(number, self._output.take, self._offsets)
-        stopped_for = self._output.stopped_for
-        if end.ended_by in ("time-limit", "output-limit") and end.ended_by != stopped_for:
+        if end.ended_by in OURS and end.ended_by != self._stopped_for:
             raise AgentProtocol(f"the machine says {end.ended_by!r}, which was not reached")
         async with self.steady:
             self._record.tasks.append(end)
@@ -107,34 +170,96 @@ class Work:
             client.forget(number)
         return end
 
-    async def _feed(self, number: int) -> None:
-        if self._grid.has_input:
+    async def _start(self, task: Task, feeds: bool) -> int:
+        argv, cwd = command(task)
+        return await self._session.client.start(
+            argv, env=task.env, cwd=cwd, user=task.user,
+            limits=Limits(cpu_seconds=task.cpu_seconds, memory_bytes=task.memory_bytes,
+                          file_bytes=task.file_bytes, processes=task.processes),
+            stdin=feeds, wait=0.0 if feeds or task.daemon else SHORT_COMMAND)
+
+    async def _feed(self, number: int, feeds: bool) -> None:
+        if feeds:
             await self._session.client.feed(number, self._grid.input, again=self._continued)
 
-    async def _enforce(self, number: int) -> None:
-        """End the job at its time limit, or when it floods and is to be stopped for it."""
+    # -- daemons -------------------------------------------------------------------------------
+
+    async def _start_daemons(self) -> None:
+        if self._daemons is None:
+            self._daemons = []
+            for task in self._job.tasks:
+                if task.daemon:
+                    self._daemons.append(await self._start(task, feeds=False))
+
+    async def _watch_daemon(self, index: int, number: int, ended: anyio.Event) -> None:
+        end = await self._session.client.follow(number, _nowhere)
+        ended.set()
+        if end.ended_by != "job-over":
+            task = [task for task in self._job.tasks if task.daemon][index]
+            self._grid.warning(f"{task.title} was to run as long as the job, but has ended "
+                               f"({exit_code_of(end)})")
+
+    async def _end_daemons(self, ended: list[anyio.Event]) -> None:
+        """End them, politely first: what they write then still belongs to the job."""
+        client = self._session.client
+        with anyio.move_on_after(GRACE):
+            for number, end in zip(self._daemons or (), ended, strict=True):
+                if not end.is_set():
+                    await client.signal(number, signal.SIGTERM, why="job-over")
+            for end in ended:
+                await end.wait()
+        for number, end in zip(self._daemons or (), ended, strict=True):
+            if not end.is_set():
+                await client.signal(number, signal.SIGKILL, why="job-over")
+                await end.wait()
+
+    # -- what ends a task early ----------------------------------------------------------------
+
+    async def _enforce(self, task: Task, number: int) -> None:
+        """End a task when its time is over, the job is, or it floods and is stopped for that."""
+        job, reached = self._job, self._clock.reach
+        ends = {"time-limit": job.time_limit, "duration": job.duration,
+                "task-limit": None if task.time_limit is None else self._since + task.time_limit}
         async with anyio.create_task_group() as waiting:
-            waiting.start_soon(self._time_over, waiting.cancel_scope)
-            waiting.start_soon(self._flooded, waiting.cancel_scope)
-        client, why = self._session.client, self._output.stopped_for
-        await client.signal(number, signal.SIGTERM, why=why)
-        await anyio.sleep(GRACE)
-        await client.signal(number, signal.SIGKILL, why=why)
+            def because(why: str) -> None:
+                self._stopped_for = self._stopped_for or why
+                waiting.cancel_scope.cancel()
 
-    async def _time_over(self, waiting: anyio.CancelScope) -> None:
-        if self._job.time_limit is None:
-            await anyio.sleep_forever()
-        else:
-            await self._clock.reach(self._job.time_limit)
-            self._output.stopped_for = "time-limit"
-            waiting.cancel()
+            async def at(why: str, seconds: float) -> None:
+                await reached(seconds)
+                because(why)
 
-    async def _flooded(self, waiting: anyio.CancelScope) -> None:
-        if self._job.on_flood is not OnFlood.STOP:
-            await anyio.sleep_forever()
-        await self._output.flooded.wait()
-        self._output.stopped_for = "output-limit"
-        waiting.cancel()
+            async def when(why: str, event: anyio.Event) -> None:
+                await event.wait()
+                because(why)
+
+            self._stopped_for = None
+            for why, seconds in ends.items():
+                waiting.start_soon(at, why, math.inf if seconds is None else seconds)
+            waiting.start_soon(when, "verdict", self._over)
+            if job.on_flood is OnFlood.STOP:
+                waiting.start_soon(when, "output-limit", self._output.flooded)
+        client, reason = self._session.client, self._stopped_for
+        if reason != "verdict":
+            await client.signal(number, signal.SIGTERM, why=reason)
+            await anyio.sleep(GRACE)
+        await client.signal(number, signal.SIGKILL, why=reason)
+
+    # -- how far it is -------------------------------------------------------------------------
+
+    async def _read_fractions(self, task: Task) -> None:
+        while task.fraction_file is not None:
+            await anyio.sleep(FRACTION_PERIOD)
+            await self._clock.going()
+            content = await peek(self._session, task.fraction_file, FRACTION_BYTES)
+            fraction = None if content is None else parse_fraction(content)
+            if fraction is not None:
+                self._fraction(fraction)
+
+    def _fraction(self, of_task: float) -> None:
+        ended = len(self._record.tasks)
+        if len(self._tasks) > 1 or of_task:
+            self._grid.fraction_done(overall([task.weight for task in self._tasks], ended, of_task))
 
     def _heard(self, text: str) -> None:
         """A message of the job: ``fraction_done 0.5`` is understood, everything is passed on."""
@@ -143,6 +268,10 @@ class Work:
             with contextlib.suppress(ValueError):
                 fraction = float(value)
                 if 0 <= fraction <= 1:
-                    self._grid.fraction_done(fraction)
+                    self._fraction(fraction)
                     return
         self._grid.message(text)
+
+
+async def _nowhere(stream: Literal["stdout", "stderr"], data: bytes) -> None:
+    """A daemon's streams are files; there is nothing to take."""

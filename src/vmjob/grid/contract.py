@@ -31,6 +31,10 @@ class Grid(Protocol):
         """Whether there is any input to give."""
         ...
 
+    def task(self, title: str, number: int, count: int) -> None:
+        """A task begins, or goes on: the ``number``th (from 1) of ``count``."""
+        ...
+
     def message(self, text: str) -> None:
         """A line that the job sent to the host."""
         ...
@@ -57,6 +61,8 @@ class Quiet:
 
     async def input(self) -> bytes:
         return b""
+
+    def task(self, title: str, number: int, count: int) -> None: ...
 
     def message(self, text: str) -> None: ...
 

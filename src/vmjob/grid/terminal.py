@@ -48,6 +48,8 @@ class Terminal(Quiet):
         self._quiet = quiet
         self._line = StatusLine() if not quiet and os.isatty(2) else None
         self._pieces: asyncio.Queue[bytes] | None = None
+        self._running = PHASES["run"]
+        self._fraction: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -74,9 +76,16 @@ class Terminal(Quiet):
         if self._line:
             self._line.show(f"copying {Path(what).name}: {count / 1e6:.0f} MB")
 
-    def fraction_done(self, fraction: float) -> None:
+    def task(self, title: str, number: int, count: int) -> None:
+        if count > 1:
+            self._running = f"running {title} ({number} of {count})"
         if self._line:
-            self._line.show("running", fraction)
+            self._line.show(self._running, self._fraction)
+
+    def fraction_done(self, fraction: float) -> None:
+        self._fraction = fraction
+        if self._line:
+            self._line.show(self._running, fraction)
 
     def message(self, text: str) -> None:
         self._say(f"job: {text}")

@@ -1,0 +1,61 @@
+"""The output of a job on its way from the machine to whoever wants it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+
+from vmjob.engine.record import Record
+from vmjob.grid.contract import Grid
+from vmjob.job.model import Job
+
+if TYPE_CHECKING:
+    from vmjob.engine.slot import Streams
+
+__all__ = ["Output"]
+
+
+class Output:
+    """Counts a job's output, passes it on up to its limit, and says when that is reached.
+
+    With ``streams``, it is kept there before anybody hears of it. ``position``: bytes of each
+    stream so far, from the beginning of the first task.
+    """
+
+    def __init__(self, job: Job, grid: Grid, record: Record, streams: Streams | None,
+                 position: dict[str, int]) -> None:
+        self._limit = job.stream_limit
+        self._grid = grid
+        self._record = record
+        self._streams = streams
+        self._moved = anyio.Event()
+        self.position = {"stdout": 0, "stderr": 0, **position}
+        self.flooded = anyio.Event()
+        self._note()
+
+    async def take(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
+        """The next bytes of a stream."""
+        room = max(0, self._limit - self.position[stream])
+        if room and self._streams is not None:
+            self._streams.write(stream, data[:room])
+        self.position[stream] += len(data)
+        self._note()
+        self._moved.set()
+        self._moved = anyio.Event()
+        if len(data) > room and not self.flooded.is_set():
+            self.flooded.set()
+            self._grid.warning(f"{stream} is longer than {self._limit} bytes; the rest is "
+                               "thrown away")
+        if room:
+            await self._grid.output(stream, data[:room])
+
+    async def reached(self, position: dict[str, int]) -> None:
+        """Wait until all up to there was taken."""
+        while any(self.position[stream] < wanted for stream, wanted in position.items()):
+            await self._moved.wait()
+
+    def _note(self) -> None:
+        seen = self.position
+        self._record.stdout_bytes, self._record.stderr_bytes = seen["stdout"], seen["stderr"]
+        self._record.discarded_bytes = sum(max(0, each - self._limit) for each in seen.values())

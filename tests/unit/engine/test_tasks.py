@@ -1,0 +1,201 @@
+"""What a task may have of its own: files for its streams, a weight, a limit, helpers beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmjob.engine.commands import command
+from vmjob.engine.fraction import overall, parse_fraction
+from vmjob.engine.record import Record
+from vmjob.engine.run import Request, run_job
+from vmjob.errors import UsageError
+from vmjob.grid.contract import Quiet
+from vmjob.home import Home
+from vmjob.job.files import Output
+from vmjob.job.model import Job, Task
+from vmjob.machine.contract import MachineSpec
+from vmjob.machine.fake import FakeDriver
+
+pytestmark = pytest.mark.anyio
+
+
+class Heard(Quiet):
+    def __init__(self) -> None:
+        self.fractions: list[float] = []
+        self.tasks: list[tuple[str, int, int]] = []
+        self.warnings: list[str] = []
+
+    def fraction_done(self, fraction: float) -> None:
+        self.fractions.append(fraction)
+
+    def task(self, title: str, number: int, count: int) -> None:
+        self.tasks.append((title, number, count))
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class Runner:
+    """Runs tasks as one job on a fake machine; ``file`` reads what it left."""
+
+    def __init__(self, home: Home, shape: MachineSpec, results: Path) -> None:
+        self._home = home
+        self._shape = shape
+        self._results = results
+        self.grid = Heard()
+
+    async def __call__(self, *tasks: Task, outputs: tuple[str, ...] = (), **more: Any) -> Record:
+        job = Job(tasks, outputs=tuple(Output(name, self._results / name) for name in outputs),
+                  **more)
+        with anyio.fail_after(60):
+            return await run_job(self._home, Request(job, FakeDriver(), self._shape, {}), self.grid)
+
+    def file(self, name: str) -> str:
+        return (self._results / name).read_text()
+
+
+@pytest.fixture
+def run(home: Home, fake_shape: MachineSpec, tmp_path: Path) -> Runner:
+    (tmp_path / "results").mkdir()
+    return Runner(home, fake_shape, tmp_path / "results")
+
+
+def sh(script: str, **more: Any) -> Task:
+    return Task(("sh", "-c", script), **more)
+
+
+async def test_streams_of_a_task_can_be_files_that_tasks_share(run: Runner) -> None:
+    record = await run(sh("echo a; echo b >&2", stdout="out", stderr="it's err"),
+                       sh("cat; echo c", stdin="out", stdout="out 2"),
+                       sh("echo d", stdout="out"),
+                       outputs=("out", "out 2", "it's err"))
+    assert record.exit_code == 0
+    assert run.file("out") == "a\nd\n"
+    assert run.file("out 2") == "a\nc\n"
+    assert run.file("it's err") == "b\n"
+    assert record.stdout_bytes == record.stderr_bytes == 0
+
+
+async def test_input_that_is_not_there_fails_the_task(run: Runner) -> None:
+    record = await run(sh("true", stdin="nothing"), sh("echo never", stdout="out"))
+    assert record.exit_code != 0
+    assert len(record.tasks) == 1
+    assert record.stderr_bytes > 0  # the shell says what is missing
+
+
+async def test_files_are_below_the_jobs_directory_wherever_the_task_is(run: Runner) -> None:
+    record = await run(sh("mkdir sub; echo in > in"),
+                       sh("pwd; cat", cwd="sub", stdin="in", stdout="out"), outputs=("out",))
+    assert record.exit_code == 0
+    assert run.file("out").splitlines()[0].endswith("/sub")
+    assert run.file("out").splitlines()[1] == "in"
+
+
+def test_words_with_any_character_reach_the_program_unchanged() -> None:
+    task = Task(("prog", "$HOME", "a b", "'\"", ";"), stdout="x;y", cwd="-")
+    assert command(task) == (
+        ["/bin/sh", "-c", "exec >>'x;y' && cd ./- && exec \"$@\"", "prog", *task.argv], None)
+    assert command(Task(("prog", "a"), cwd="b")) == (["prog", "a"], "b")
+
+
+async def test_a_task_that_may_fail_does_not_end_the_job(run: Runner) -> None:
+    record = await run(sh("exit 3", may_fail=True, name="unpack"), sh("exit 0"))
+    assert record.exit_code == 0
+    assert [end.exit_code for end in record.tasks] == [3, 0]
+    assert run.grid.warnings == ["unpack failed (3), which it may"]
+
+
+async def test_a_task_is_ended_at_its_own_limit_and_the_next_one_runs(run: Runner) -> None:
+    record = await run(sh("sleep 60", time_limit=0.3), sh("echo next", stdout="out"),
+                       outputs=("out",))
+    assert record.error is None
+    assert record.exit_code == 0
+    assert record.tasks[0].ended_by == "task-limit"
+    assert run.file("out") == "next\n"
+
+
+async def test_a_job_that_reaches_its_duration_has_succeeded(run: Runner) -> None:
+    record = await run(sh("echo so far > out; sleep 60"), sh("echo never >> out"), duration=0.5,
+                       outputs=("out",))
+    assert record.error is None
+    assert (record.exit_code, record.status) == (0, "succeeded")
+    assert run.file("out") == "so far\n"
+
+
+async def test_a_daemon_runs_beside_all_tasks_and_is_ended_with_them(run: Runner) -> None:
+    daemon = sh("trap 'echo bye >> log; exit' TERM; while :; do date > up; sleep 0.05; done",
+                daemon=True)
+    wait = "until test -s up; do sleep 0.05; done; rm up"
+    record = await run(daemon, sh(wait), sh(wait), outputs=("log",))
+    assert record.error is None
+    assert record.exit_code == 0
+    assert len(record.tasks) == 2
+    assert run.file("log") == "bye\n"
+    assert run.grid.warnings == []
+
+
+async def test_a_daemon_that_ends_too_early_is_told(run: Runner) -> None:
+    record = await run(Task(("sh", "-c", "echo gone; exit 7"), daemon=True, name="server"),
+                       sh("until test -s server.log; do sleep 0.05; done; sleep 0.3"),
+                       outputs=("server.log",))
+    assert record.exit_code == 0
+    assert run.grid.warnings == ["server was to run as long as the job, but has ended (7)"]
+    assert run.file("server.log") == "gone\n"
+
+
+async def test_a_daemon_that_does_not_want_to_end_is_killed(
+        run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmjob.engine.work.GRACE", 0.2)
+    record = await run(sh("trap '' TERM; while :; do sleep 0.05; done", daemon=True), sh("true"))
+    assert record.exit_code == 0
+
+
+def test_a_job_of_nothing_but_daemons_is_refused() -> None:
+    with pytest.raises(UsageError, match="daemons"):
+        Job((Task(("server",), daemon=True),)).check()
+
+
+async def test_tasks_count_by_their_weight(run: Runner) -> None:
+    await run(sh("true", weight=3.0), sh("true", weight=0.0), sh("true", weight=1.0))
+    assert run.grid.fractions == [0.75, 0.75, 1.0]
+    assert run.grid.tasks == [("sh", 1, 3), ("sh", 2, 3), ("sh", 3, 3)]
+
+
+async def test_the_fraction_that_a_task_writes_is_its_share_of_the_job(
+        run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmjob.engine.work.FRACTION_PERIOD", 0.05)
+    run.grid.fraction_done = run.grid.fractions.append  # type: ignore[method-assign]
+    await run(sh("true"), sh("echo 0.1 > f; echo 0.5 >> f; sleep 1", fraction_file="f"))
+    assert run.grid.fractions[0] == 0.5
+    assert 0.75 in run.grid.fractions
+    assert run.grid.fractions[-1] == 1.0
+
+
+@pytest.mark.parametrize(("content", "fraction"), [
+    (b"0.25\n", 0.25), (b"0.1\n0.5", 0.5), (b"7", 1.0), (b"1e-2\n\n", 0.01), (b"", None),
+    (b"half", None), (b"nan", None), (b"-1", None), (b"0.5 %", None), (b"\xff", None)])
+def test_a_fraction_is_the_number_on_the_last_line(content: bytes, fraction: float | None) -> None:
+    assert parse_fraction(content) == fraction
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_fraction_or_none(content: bytes) -> None:
+    fraction = parse_fraction(content)
+    assert fraction is None or 0 <= fraction <= 1
+
+
+@given(st.lists(st.floats(-1, 1e6), min_size=1, max_size=9), st.integers(0, 9),
+       st.floats(0, 1))
+def test_a_jobs_fraction_is_one_and_never_falls_back(weights: list[float], ended: int,
+                                                     fraction: float) -> None:
+    ended = min(ended, len(weights))
+    assert 0 <= overall(weights, ended, fraction) <= 1
+    if ended < len(weights):
+        assert overall(weights, ended, fraction) <= overall(weights, ended + 1, 0.0) + 1e-9
+    assert overall(weights, len(weights), 0.0) == pytest.approx(1.0)
