@@ -23,6 +23,8 @@ __all__ = ["GuestError", "HostError", "ImageError", "JobError", "MachineError", 
 #: Exit code of the command line when vmjob itself failed (as ``docker run`` has it).
 EXIT_VMJOB_FAILED = 125
 EXIT_CANNOT_EXECUTE = 126
+#: EX_TEMPFAIL of sysexits.h, which batch systems know.
+EXIT_TRY_LATER = 75
 EXIT_NOT_FOUND = 127
 
 
@@ -321,6 +323,21 @@ class OutputUnsafe(JobError):
 class OutputTooLarge(JobError):
     code = "output-too-large"
     standing_advice = "Raise --output-limit, or write less."
+
+
+class HeartbeatStopped(JobError):
+    code = "heartbeat-stopped"
+    standing_advice = ("Look at the job's own logs for what it hung in; raise "
+                       "minimum_heartbeat_interval when it was only slow.")
+
+
+class Postponed(JobError):
+    """The job asked to be continued later; with a slot, it can be."""
+
+    code = "postponed"
+    exit_code = EXIT_TRY_LATER
+    retryable = True
+    standing_advice = "Continue it after the delay that it asked for."
 
 
 class TimeLimit(JobError):

@@ -11,21 +11,25 @@ import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import click
 
 from vmjob.cli.main import print_json, report
-from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, VmjobError
+from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, UsageError, VmjobError
 from vmjob.job.model import Job
 from vmjob.machine.contract import Priority
 
 if TYPE_CHECKING:
     from vmjob.engine.control import Control
     from vmjob.engine.record import Record
+    from vmjob.engine.run import Request
     from vmjob.engine.slot import Slot
+    from vmjob.grid.events import Events
     from vmjob.grid.terminal import Terminal
     from vmjob.home import Home
+
+    _Grid = Terminal | Events
 
 __all__ = ["How", "carry", "leave"]
 
@@ -51,6 +55,10 @@ class How:
     keep: bool
     as_json: bool
     quiet: bool
+    #: Where the events of the job's life go: a file, - for stdout, None for nowhere.
+    events: str | None = None
+    #: Make the job's machine ready to start, and nothing else.
+    prepare_only: bool = False
 
 
 def leave(code: int) -> NoReturn:
@@ -75,6 +83,7 @@ async def carry(job: Job | None, how: How) -> int:
 
     control = Control()
     signals = _Signals(control, how)
+    events: Events | None = None
     try:
         with contextlib.ExitStack() as stack:
             slot = None
@@ -84,7 +93,8 @@ async def carry(job: Job | None, how: How) -> int:
                     _show(ended, how.as_json)
                     return ended.exit_code
             assert job is not None
-            record = await _carry(Home(), job, how, slot, control, _terminal(stack, how))
+            grid, events = _grid(stack, job, how)
+            record = await _carry(Home(), job, how, slot, control, grid)
     except asyncio.CancelledError:
         if how.slot is not None and not how.quiet:
             click.echo(f"vmjob: stopped; continue with: vmjob run --resume {how.slot}", err=True)
@@ -93,20 +103,23 @@ async def carry(job: Job | None, how: How) -> int:
         return 128 + signal.SIGPIPE
     except VmjobError as error:
         record = Record(exit_code=error.exit_code, error=error.as_dict())
+    if events is not None:
+        events.tell("finished", record=_plain(record))
+        events.close()
     _show(record, how.as_json)
     return record.exit_code
 
 
 async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Control,
-                 terminal: Terminal) -> Record:
+                 grid: _Grid) -> Record:
     from vmjob.engine.run import Request, Survival, run_job
     from vmjob.machine.qemu.driver import QemuDriver
     from vmjob.shape import doubt, machine_shape
 
-    terminal.phase("image")
+    grid.phase("image")
     shape, image, why = await machine_shape(
         home, job.image, how.accel, memory_mb=job.memory_mb, cpus=job.cpus, disk_gb=job.disk_gb,
-        network=job.network, cpu=how.cpu, progress=terminal.building)
+        network=job.network, cpu=how.cpu, progress=grid.building)
     survival = None
     if slot is not None:
         survival = Survival(slot, how.every, how.slot_limit and how.slot_limit * MIB)
@@ -116,15 +129,46 @@ async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Con
                       {"accelerator_why": why},
                       hashes=how.as_json, cold=how.cold, survival=survival, control=control,
                       keep=Path("vmjob-failed").absolute() if how.keep else None)
-    record = await run_job(home, request, terminal)
+    if how.prepare_only:
+        return await _prepare(home, request)
+    record = await run_job(home, request, grid)
     doubt(home, shape, record.error)
     return record
 
 
-def _terminal(stack: contextlib.ExitStack, how: How) -> Terminal:
+async def _prepare(home: Home, request: Request) -> Record:
+    """Have the image and a frozen machine ready, so that the job starts at once later."""
+    from vmjob.engine.record import Record
+    from vmjob.engine.session import describe, open_session
+
+    async with open_session(home, request.driver, request.shape, cold=request.cold) as session:
+        return Record(exit_code=0, status="prepared", image=request.image_facts,
+                      machine=describe(session))
+
+
+def _grid(stack: contextlib.ExitStack, job: Job, how: How) -> tuple[_Grid, Events | None]:
+    """Whom the engine tells: the terminal, and whoever wants the events."""
     from vmjob.grid.terminal import Terminal
 
-    return stack.enter_context(Terminal(how.stdin, output_to_stderr=how.as_json, quiet=how.quiet))
+    output = None if how.events == "-" else 2 if how.as_json else 1
+    terminal = stack.enter_context(Terminal(how.stdin, output=output, quiet=how.quiet))
+    if how.events is None:
+        return terminal, None
+    from vmjob.grid.events import Events
+
+    events = Events(terminal, open_events(how.events))
+    events.tell("started", tasks=[task.title for task in job.tasks], image=job.image)
+    return events, events
+
+
+def open_events(path: str) -> BinaryIO:
+    """Where events are written: appended to a file, or stdout for ``-``."""
+    if path == "-":
+        return os.fdopen(os.dup(1), "wb")
+    try:
+        return Path(path).open("ab")
+    except OSError as error:
+        raise UsageError(f"cannot write {path!r}: {error.strerror}") from error
 
 
 def _take_slot(stack: contextlib.ExitStack, job: Job | None,
@@ -210,11 +254,16 @@ class _Signals:
             await self._control.resume()
 
 
+def _plain(record: Record) -> dict[str, Any]:
+    import msgspec
+
+    plain: dict[str, Any] = msgspec.to_builtins(record)
+    return plain
+
+
 def _show(record: Record, as_json: bool) -> None:
     if as_json:
-        import msgspec
-
-        print_json(msgspec.to_builtins(record))
+        print_json(_plain(record))
     elif record.error is not None:
         report(record.error)
     elif record.kept:

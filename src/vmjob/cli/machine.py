@@ -422,7 +422,7 @@ async def _exec(home: Home, name: str, asked: dict[str, Any], stdin: str, as_jso
 
     caught: list[int] = []
     try:
-        with Terminal(stdin, output_to_stderr=as_json, quiet=True) as terminal:
+        with Terminal(stdin, output=2 if as_json else 1, quiet=True) as terminal:
             async with client.talk(home, name) as talk, _passing_signals(talk, caught):
                 await talk.request("exec", {**asked, "stdin": terminal.has_input})
                 done = await _follow(talk, terminal)

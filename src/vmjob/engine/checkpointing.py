@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import anyio
 import anyio.to_thread
+from msgspec import structs
 
 from vmjob.engine.clock import RunClock
 from vmjob.engine.generations import Generation
@@ -29,7 +33,8 @@ class Checkpointer:
 
     def __init__(self, home: Home, slot: Slot, session: Session, work: Work, output: Output,
                  streams: Streams, clock: RunClock, life: Life, grid: Grid,
-                 disk_limit: int | None = None) -> None:
+                 disk_limit: int | None = None,
+                 folders: Callable[[], dict[str, dict[str, Any]]] = dict) -> None:
         self._home = home
         self._slot = slot
         self._session = session
@@ -40,6 +45,7 @@ class Checkpointer:
         self._life = life
         self._grid = grid
         self._disk_limit = disk_limit
+        self._folders = folders
         self._told: str | None = None
 
     async def every(self, seconds: float) -> None:
@@ -74,7 +80,7 @@ class Checkpointer:
         noted: list[Progress] = []
 
         def progress() -> Progress:
-            noted.append(self._work.progress())
+            noted.append(structs.replace(self._work.progress(), folders=self._folders()))
             return noted[0]
 
         async def settle() -> None:
@@ -91,7 +97,9 @@ class Checkpointer:
 
         limit = self._disk_limit
         room = None if limit is None else limit - self._slot.disk_bytes()
-        return await keep(self._slot.generations, self._session, progress, settle, room)
+        made = await keep(self._slot.generations, self._session, progress, settle, room)
+        self._grid.checkpoint(made.number, made.still_seconds, made.written_bytes)
+        return made
 
     def _warn(self, text: str) -> None:
         if text != self._told:

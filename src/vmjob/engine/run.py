@@ -33,6 +33,7 @@ from vmjob.machine.contract import Driver, MachineSpec
 
 if TYPE_CHECKING:
     from vmjob.engine.generations import Generation
+    from vmjob.engine.sharing import Sharing
     from vmjob.engine.slot import Slot
 
 __all__ = ["Request", "Survival", "run_job"]
@@ -96,12 +97,24 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
             if session.cold_because:
                 grid.warning(f"the machine was booted, not copied: {session.cold_because}")
             async with session.explaining():
+                sharing = _sharing(session, request.job, generation)
                 if generation is None:
                     life.enter(State.INPUTS)
                     await _put_inputs(session, request.job, grid)
+                    if sharing is not None:
+                        await sharing.fill()
                 life.enter(State.RUN)
-                await _run_tasks(home, request, grid, life, session, record, generation)
+                try:
+                    await _run_tasks(home, request, grid, life, session, record, generation,
+                                     sharing)
+                except JobError:
+                    if sharing is not None:  # what there is of its files explains the failure
+                        with contextlib.suppress(VmjobError):
+                            await sharing.collect()
+                    raise
                 life.enter(State.OUTPUTS)
+                if sharing is not None:
+                    await sharing.collect()
                 await _get_outputs(session, request.job, grid, record)
             session.failed = record.exit_code != 0
             life.enter(State.END)
@@ -125,7 +138,8 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
         life.finish()
     record.status = "succeeded" if record.exit_code == 0 and not record.error else "failed"
     # What failed on our side may be tried again, from the last checkpoint.
-    if request.survival is not None and (failure is None or isinstance(failure, JobError)):
+    if request.survival is not None and (failure is None or (
+            isinstance(failure, JobError) and not failure.retryable)):
         request.survival.slot.end(record)
     return record
 
@@ -161,8 +175,18 @@ async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
                                  functools.partial(grid.transferred, str(given.source)))
 
 
+def _sharing(session: Session, job: Job, generation: Generation | None) -> Sharing | None:
+    """The job's folders; None where it has none: most jobs need nothing of that."""
+    if not job.folders:
+        return None
+    from vmjob.engine.sharing import Sharing
+
+    return Sharing(session, job, generation.progress.folders if generation else {})
+
+
 async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, session: Session,
-                     record: Record, generation: Generation | None) -> None:
+                     record: Record, generation: Generation | None,
+                     sharing: Sharing | None) -> None:
     """Run the tasks to their end, keeping them meanwhile as was asked."""
     job, survival = request.job, request.survival
     progress = generation.progress if generation else None
@@ -183,12 +207,21 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
             from vmjob.engine.checkpointing import Checkpointer
 
             checkpointer = Checkpointer(home, survival.slot, session, work, output, streams, clock,
-                                        life, grid, survival.disk_limit)
+                                        life, grid, survival.disk_limit,
+                                        sharing.known if sharing else dict)
         clock.go()
         async with contextlib.AsyncExitStack() as helpers:
             await helpers.enter_async_context(
                 request.control.attached(session, clock, life, checkpointer))
             await helpers.enter_async_context(beside(_keep_time(session, life)))
+            if job.trickle_every is not None:
+                from vmjob.engine.triggers import tell_run_time
+
+                await helpers.enter_async_context(
+                    beside(tell_run_time(clock, grid, job.trickle_every)))
+            if sharing is not None:
+                await helpers.enter_async_context(beside(sharing.keep_in_step(
+                    work, clock, grid, request.control, survival.slot if survival else None)))
             if checkpointer is not None and survival is not None and survival.every is not None:
                 await helpers.enter_async_context(beside(checkpointer.every(survival.every)))
             await work.run()

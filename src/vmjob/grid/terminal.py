@@ -39,12 +39,13 @@ class Terminal(Quiet):
     """Passes a job's streams through and shows one status line when stderr is a terminal.
 
     ``stdin``: ``auto`` (our input, unless it is a terminal), ``none``, or a file's path.
-    ``output_to_stderr`` leaves stdout to the record. Raises `InputMissing` for a missing file.
+    ``output``: the descriptor that the job's stdout goes to; None: its streams are heard elsewhere.
+    Raises `InputMissing` for a missing file.
     """
 
-    def __init__(self, stdin: str, *, output_to_stderr: bool, quiet: bool) -> None:
+    def __init__(self, stdin: str, *, output: int | None, quiet: bool) -> None:
         self._stdin = open_input(stdin)
-        self._stdout = 2 if output_to_stderr else 1
+        self._stdout = output
         self._quiet = quiet
         self._line = StatusLine() if not quiet and os.isatty(2) else None
         self._pieces: asyncio.Queue[bytes] | None = None
@@ -90,6 +91,16 @@ class Terminal(Quiet):
     def message(self, text: str) -> None:
         self._say(f"job: {text}")
 
+    async def trickle(self, variety: str, text: str) -> bool:
+        self._say(f"trickle {variety}: {text.strip()[:200]}")
+        return True
+
+    def upload(self, name: str) -> None:
+        self._say(f"ready before the end: {name}")
+
+    def address(self, what: Literal["web", "console"], where: str) -> None:
+        self._say(f"{'page' if what == 'web' else 'screen'} of the job: {where}")
+
     def warning(self, text: str) -> None:
         self._say(f"warning: {text}")
 
@@ -102,6 +113,8 @@ class Terminal(Quiet):
         print(f"vmjob: {clean}", file=sys.stderr, flush=True)  # noqa: T201
 
     async def output(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
+        if self._stdout is None:
+            return
         fd = self._stdout if stream == "stdout" else 2
         if self._line and (os.isatty(fd)):
             self._line.hide()

@@ -23,6 +23,8 @@ MOST_CPUS = 255
 MOST_DISK_GB = 1024
 #: Bytes of stdout, and of stderr, that a job may write before `OnFlood` applies.
 DEFAULT_STREAM_LIMIT = 1 << 30
+#: The folder in which trigger files are.
+SHARED = "shared"
 
 
 class Network(enum.StrEnum):
@@ -149,6 +151,7 @@ class Job:
     ``cpu``: `MachineSpec.cpu_model`. ``packages``: Debian packages or tar archives of the host that
     are installed in the machine first. ``checkpoint_every``: seconds of run time between
     checkpoints where there is a slot; None: whatever the caller chooses; 0: none but the last one.
+    ``trickle_every``: seconds of run time between trickles that tell the run time; None: none.
     """
 
     tasks: tuple[Task, ...]
@@ -168,6 +171,7 @@ class Job:
     triggers: Triggers = Triggers()
     duration: float | None = None
     checkpoint_every: float | None = None
+    trickle_every: float | None = None
     forwards: tuple[Forward, ...] = ()
     hardware: Hardware = Hardware()
     packages: tuple[Path, ...] = ()
@@ -192,6 +196,11 @@ class Job:
         for folder in self.folders:
             if folder.destination:
                 check_guest_path(folder.destination)
+        names = [folder.name for folder in self.folders]
+        if len(set(names)) != len(names):
+            raise UsageError("two folders have one name")
+        if self.triggers != Triggers() and SHARED not in names:
+            raise UsageError(f"trigger files need a folder named {SHARED!r}")
         destinations = [output.destination for output in self.outputs]
         for destination in destinations:
             if destinations.count(destination) > 1:

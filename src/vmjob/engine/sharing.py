@@ -1,0 +1,128 @@
+"""A job's folders while it runs: kept in step, and looked at for its trigger files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from vmjob.engine.clock import RunClock
+from vmjob.engine.control import Control
+from vmjob.engine.folders import Mirror
+from vmjob.engine.session import Session
+from vmjob.engine.slot import Slot
+from vmjob.engine.triggers import Sent, TriggerWatch
+from vmjob.engine.work import Work
+from vmjob.errors import GuestError, MachineError, Postponed, VmjobError
+from vmjob.grid.contract import Grid
+from vmjob.host import below
+from vmjob.job.model import SHARED, Job, Triggers
+from vmjob.job.secrets import redacted
+from vmjob.job.triggers import Postponement
+
+__all__ = ["Sharing"]
+
+#: Seconds between rounds. A change needs two looks to count as whole: it is on the other side in
+#: well under a second.
+PERIOD = 0.25
+#: Seconds for the checkpoint of a job that asks to be continued later.
+CHECKPOINT_DEADLINE = 60.0
+#: Where the slot remembers which trickles were sent.
+SENT = "trickles"
+
+
+class Sharing:
+    """The folders of one job on one machine. ``known``: `Progress.folders`, when it goes on."""
+
+    def __init__(self, session: Session, job: Job, known: Mapping[str, dict[str, Any]]) -> None:
+        self._job = job
+        self._mirrors = {
+            folder.name: Mirror(folder, session.client, redact=_redact,
+                                known=known.get(folder.name))
+            for folder in job.folders}
+
+    async def fill(self) -> None:
+        """Before the first task: all that is there goes in; what earlier runs triggered does not.
+
+        Raises what `Mirror.fill` raises.
+        """
+        for folder in self._job.folders:
+            if folder.name == SHARED:
+                for name in _names(self._job.triggers):
+                    below.remove(folder.source, name)
+        for mirror in self._mirrors.values():
+            await mirror.fill()
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint must know of the folders."""
+        return {name: mirror.known() for name, mirror in self._mirrors.items()}
+
+    async def keep_in_step(self, work: Work, clock: RunClock, grid: Grid, control: Control,
+                           slot: Slot | None) -> None:
+        """Round after round while the tasks run; what goes wrong with a folder ends the job."""
+        live = [self._mirrors[folder.name] for folder in self._job.folders if folder.live]
+        watch = self._watch(work, clock, grid, control, slot)
+        try:
+            while live:
+                await clock.going()
+                for mirror in live:
+                    await mirror.step()
+                if watch is not None:
+                    await watch.look()
+                await anyio.sleep(PERIOD)
+        except (MachineError, GuestError):
+            raise  # that breaks the job's own lanes as well, which tell it better
+        except VmjobError as error:
+            work.end(error)
+
+    async def collect(self) -> None:
+        """After the last task: what did not come yet."""
+        for folder in self._job.folders:
+            if folder.writable:
+                await self._mirrors[folder.name].collect()
+
+    def _watch(self, work: Work, clock: RunClock, grid: Grid, control: Control,
+               slot: Slot | None) -> TriggerWatch | None:
+        for folder in self._job.folders:
+            if folder.name == SHARED:
+                return TriggerWatch(
+                    folder.source, self._job.triggers, clock, grid, Sent(_sent(slot)), work.end,
+                    self._mirrors[SHARED].remove, _postponing(work, grid, control, slot))
+        return None
+
+
+def _postponing(work: Work, grid: Grid, control: Control,
+                slot: Slot | None) -> Callable[[Postponement], Awaitable[None]]:
+    """What is done for a job that wants to wait: with a slot, others may use its time."""
+    async def postpone(said: Postponement) -> None:
+        why = f": {said.message}" if said.message else ""
+        if slot is not None:
+            with contextlib.suppress(VmjobError):  # the checkpoints before it stay good
+                await control.checkpoint(CHECKPOINT_DEADLINE)
+            work.end(Postponed(f"the job is to be continued after {said.delay:g} seconds{why}",
+                               delay=said.delay, notice=said.notice))
+            return
+        grid.warning(f"the job waits for {said.delay:g} seconds{why}")
+        await control.suspend()
+        await anyio.sleep(said.delay)
+        await control.resume()
+
+    return postpone
+
+
+def _names(triggers: Triggers) -> list[str]:
+    """Every file by which the job would say something."""
+    said = (triggers.completion, triggers.temporary_exit, triggers.fraction_done,
+            triggers.heartbeat, triggers.credit, *triggers.trickles)
+    return [name for name in said if name]
+
+
+def _sent(slot: Slot | None) -> Path | None:
+    return slot.root / SENT if slot else None
+
+
+def _redact(content: bytes) -> bytes:
+    return redacted(content.decode("utf-8", "replace")).encode()

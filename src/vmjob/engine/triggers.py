@@ -1,0 +1,160 @@
+"""The files by which a job speaks to whoever runs it, and what the engine does about each.
+
+They are looked at on the host's side of the shared folder, where only whole files appear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from vmjob.engine.clock import RunClock
+from vmjob.engine.fraction import parse_fraction
+from vmjob.engine.work import Verdict
+from vmjob.errors import HeartbeatStopped, VmjobError
+from vmjob.grid.contract import Grid
+from vmjob.host import below
+from vmjob.host.below import Seen
+from vmjob.job.model import Triggers
+from vmjob.job.triggers import (
+    MOST_BYTES,
+    Postponement,
+    parse_completion,
+    parse_credit,
+    parse_postponement,
+)
+
+__all__ = ["Sent", "TriggerWatch", "tell_run_time"]
+
+
+async def tell_run_time(clock: RunClock, grid: Grid, seconds: float) -> None:
+    """Send a trickle with the run time after each so many seconds of it, for ever.
+
+    ``cpu_time`` is its variety, although it never was that: projects know it by this name.
+    """
+    while True:
+        await clock.reach(clock.seconds + seconds)
+        await grid.trickle("cpu_time", f"<cpu_time>{clock.seconds:f}</cpu_time>")
+
+
+class Sent:
+    """Which trickles were sent, in a file that outlives this process; None: in no file.
+
+    A job that goes back to a checkpoint finds the file of a trickle again that it had sent since.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._keys: set[str] = set()
+        if path is not None and path.exists():
+            self._keys = set(path.read_text(encoding="ascii").split())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def add(self, key: str) -> None:
+        """Remember one, safely."""
+        self._keys.add(key)
+        if self._path is not None:
+            with self._path.open("a", encoding="ascii") as file:
+                file.write(key + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class TriggerWatch:
+    """Looks for one job's trigger files below ``root``, again and again.
+
+    ``end`` ends the job; ``remove`` takes a file away on both sides, as it was seen; ``postpone``
+    makes the job wait.
+    """
+
+    def __init__(self, root: Path, triggers: Triggers, clock: RunClock, grid: Grid, sent: Sent,
+                 end: Callable[[Verdict | VmjobError], None],
+                 remove: Callable[[str], Awaitable[None]],
+                 postpone: Callable[[Postponement], Awaitable[None]]) -> None:
+        self._root = root
+        self._triggers = triggers
+        self._clock = clock
+        self._grid = grid
+        self._sent = sent
+        self._end = end
+        self._remove = remove
+        self._postpone = postpone
+        self._seen: dict[str, Seen | None] = {}
+        self._uploaded: set[str] = set()
+        self._beat = clock.seconds
+
+    async def look(self) -> None:
+        """Act on what is there, and what is not."""
+        triggers = self._triggers
+        if triggers.credit and (content := self._changed(triggers.credit)) is not None:
+            self._credit(content)
+        if triggers.fraction_done and (content := self._changed(triggers.fraction_done)):
+            fraction = parse_fraction(content)
+            if fraction is not None:
+                self._grid.fraction_done(fraction)
+        for name in triggers.trickles:
+            await self._trickle(name)
+        for name in triggers.uploads:
+            if name not in self._uploaded and below.look(self._root, name) is not None:
+                self._uploaded.add(name)
+                self._grid.upload(name)
+        await self._ends()
+
+    async def _ends(self) -> None:
+        triggers = self._triggers
+        if triggers.completion:
+            found = below.read(self._root, triggers.completion, MOST_BYTES)
+            if found is not None:
+                said = parse_completion(found[1])
+                self._end(Verdict(said.process_exit_code, said.message, said.notice))
+                return
+        if triggers.temporary_exit:
+            found = below.read(self._root, triggers.temporary_exit, MOST_BYTES)
+            if found is not None:
+                await self._remove(triggers.temporary_exit)
+                await self._postpone(parse_postponement(found[1]))
+        if triggers.heartbeat:
+            self._listen(triggers.heartbeat)
+
+    def _listen(self, name: str) -> None:
+        if self._changed(name) is not None:
+            self._beat = self._clock.seconds
+        silent = self._clock.seconds - self._beat
+        if silent > self._triggers.heartbeat_interval:
+            self._end(HeartbeatStopped(
+                f"the job's heartbeat file {name!r} did not change for {silent:.0f} seconds"))
+
+    def _changed(self, name: str) -> bytes | None:
+        """The content of a file that is another than at the last look."""
+        seen = below.look(self._root, name)
+        if seen is None or seen == self._seen.get(name):
+            return None
+        self._seen[name] = seen
+        found = below.read(self._root, name, MOST_BYTES)
+        return found[1] if found else None
+
+    def _credit(self, content: bytes) -> None:
+        operations = parse_credit(content)
+        if operations is not None:
+            self._grid.operations(*operations)
+
+    async def _trickle(self, name: str) -> None:
+        found = below.read(self._root, name, MOST_BYTES + 1)
+        if found is None:
+            return
+        seen, content = found
+        if seen.size > MOST_BYTES:
+            self._grid.warning(f"the trickle {name!r} is longer than {MOST_BYTES} bytes; it is "
+                               "thrown away")
+        else:
+            text = content.decode("utf-8", "replace")
+            key = hashlib.sha256(f"{name}\0{seen.mtime_ns}\0{text}".encode()).hexdigest()
+            if key not in self._sent:
+                if not await self._grid.trickle(name, text):
+                    return  # later: one is still on its way
+                self._sent.add(key)
+        await self._remove(name)
