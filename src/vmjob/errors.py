@@ -139,6 +139,14 @@ class HomeUnusable(HostError):
     standing_advice = "Point VMJOB_HOME at a directory that you own and may write to."
 
 
+class PortTaken(HostError):
+    """A port of this computer that was asked for cannot be had; any other may be."""
+
+    code = "port-taken"
+    retryable = True
+    standing_advice = "Ask for another port, or for 0, which is any that is free."
+
+
 class SlotUnusable(HostError):
     code = "slot-unusable"
     standing_advice = "Give the directory of a job that was run with --slot."

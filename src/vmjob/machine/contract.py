@@ -73,6 +73,7 @@ class Capabilities:
     ``templates``: a machine can be frozen and others started as its copies.
     ``isolated``: the guest cannot reach the host but through its lanes; false for the fake,
     whose jobs are processes of this computer.
+    ``forwards``: ports of this computer can lead to a machine with a network.
     """
 
     suspend: bool
@@ -81,6 +82,7 @@ class Capabilities:
     console: bool
     templates: bool
     isolated: bool
+    forwards: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,22 @@ class Machine(Protocol):
         under their names in any one directory, they are a `MachineSpec.template`. `NotSupported`
         where there are no templates.
         """
+        ...
+
+    async def forward(self, host_port: int, guest_port: int, *, remote: bool = False) -> int:
+        """Let a TCP port of this computer lead to one of the guest; returns this computer's.
+
+        ``host_port`` 0: any that is free. It can be reached from this computer only (127.0.0.1),
+        with ``remote`` at all its IPv4 addresses. It lasts as long as the machine's process or
+        until `unforward`; a checkpoint does not keep it, so who continues from one asks again.
+
+        Raises `PortTaken` when another program has it, or this user may not; `NotSupported` for a
+        machine without a network.
+        """
+        ...
+
+    async def unforward(self, host_port: int) -> None:
+        """Take back a port; connections that there are go on. One that leads nowhere is fine."""
         ...
 
     async def stop(self) -> None:

@@ -36,6 +36,7 @@ from vmjob.machine.contract import (
     Status,
 )
 from vmjob.machine.fake.faults import Faults
+from vmjob.machine.fake.network import Relays, listen
 
 __all__ = ["FakeDriver", "FakeMachine"]
 
@@ -50,8 +51,9 @@ class FakeDriver:
     """Makes machines that are processes of this computer."""
 
     name = "fake"
-    capabilities = Capabilities(suspend=True, checkpoint=False, networks=frozenset({"none"}),
-                                console=True, templates=True, isolated=False)
+    capabilities = Capabilities(suspend=True, checkpoint=False,
+                                networks=frozenset({"none", "nat"}), console=True, templates=True,
+                                isolated=False, forwards=True)
 
     def __init__(self, faults: Faults | None = None) -> None:
         self._faults = faults or Faults()
@@ -85,6 +87,7 @@ class FakeMachine:
         self._agent: int | None = None
         self._ended: asyncio.Task[Ended] | None = None
         self._asked_to_end = False
+        self._relays = Relays()
 
     async def start(self) -> Mapping[str, socket.socket]:
         if self._status is not Status.CREATED:
@@ -131,6 +134,15 @@ class FakeMachine:
 
     async def set_priority(self, priority: Priority) -> None:
         self._require_running()
+
+    async def forward(self, host_port: int, guest_port: int, *, remote: bool = False) -> int:
+        self._require_running()
+        return await self._relays.add(
+            listen(self.spec, host_port, guest_port, remote=remote), guest_port)
+
+    async def unforward(self, host_port: int) -> None:
+        self._require_running()
+        await self._relays.remove(host_port)
 
     async def freeze(self) -> list[str]:
         if not self.spec.freezable:
@@ -245,6 +257,7 @@ class FakeMachine:
     async def _watch(self) -> Ended:
         assert self._keeper is not None
         code = await self._keeper.wait()
+        await self._relays.close()
         if code < 0:
             # Somebody killed the keeper; its agent died with it, the jobs are ours to end.
             kill_strays(self.spec.directory / "run")

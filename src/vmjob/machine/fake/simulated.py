@@ -49,6 +49,7 @@ from vmjob.machine.contract import (
     Status,
 )
 from vmjob.machine.fake.guest import Guest, unpack_files
+from vmjob.machine.fake.network import listen
 
 __all__ = ["SimulatedDriver", "SimulatedFaults", "SimulatedMachine"]
 
@@ -99,8 +100,9 @@ class SimulatedDriver:
     """
 
     name = "simulated"
-    capabilities = Capabilities(suspend=True, checkpoint=True, networks=frozenset({"none"}),
-                                console=False, templates=False, isolated=False)
+    capabilities = Capabilities(suspend=True, checkpoint=True,
+                                networks=frozenset({"none", "nat"}), console=False,
+                                templates=False, isolated=False, forwards=True)
 
     def __init__(self, faults: SimulatedFaults | None = None, *, tick: float = TICK,
                  steps: int = STEPS) -> None:
@@ -142,6 +144,8 @@ class SimulatedMachine:
         #: Held while a checkpoint is made: who makes it lets the guest go on.
         self._checkpointing = anyio.Lock()
         self._last: _State | None = None
+        #: Ports of this computer that are open for the machine: nothing in it answers.
+        self.forwards: dict[int, socket.socket] = {}
 
     async def start(self) -> Mapping[str, socket.socket]:
         if self._status is not Status.CREATED:
@@ -212,6 +216,18 @@ class SimulatedMachine:
     async def set_priority(self, priority: Priority) -> None:
         self._running_guest()
 
+    async def forward(self, host_port: int, guest_port: int, *, remote: bool = False) -> int:
+        self._running_guest()
+        listener = listen(self.spec, host_port, guest_port, remote=remote)
+        port = int(listener.getsockname()[1])
+        self.forwards[port] = listener
+        return port
+
+    async def unforward(self, host_port: int) -> None:
+        self._running_guest()
+        if listener := self.forwards.pop(host_port, None):
+            listener.close()
+
     async def freeze(self) -> list[str]:
         raise NotSupported("the simulated driver makes no templates")
 
@@ -280,6 +296,8 @@ class SimulatedMachine:
         assert self._ended is not None
         if not self._ended.done():
             self._guest.close()
+            for listener in self.forwards.values():
+                listener.close()
             self._status = Status.STOPPED
             self._ended.set_result(Ended(reason, detail))
 

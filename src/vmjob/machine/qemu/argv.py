@@ -13,7 +13,7 @@ from vmjob.errors import UsageError
 from vmjob.guest.agent.wire import LANES, PORT_PREFIX
 from vmjob.machine.contract import BootParts, MachineSpec
 
-__all__ = ["DISK", "MACHINE", "MEMORY_FILE", "Descriptors", "command_line", "cpu_model",
+__all__ = ["DISK", "MACHINE", "MEMORY_FILE", "NETWORK", "Descriptors", "command_line", "cpu_model",
            "kernel_arguments", "layer", "machine_type", "overlay_command"]
 
 #: Kernel parameters of every machine. ``panic=-1`` restarts at once, which ends the machine;
@@ -44,6 +44,8 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 #: being announced as fast: TCG runs it byte by byte, and copies are 3 times slower (measured).
 CPU_MODELS = {"tcg": "max,erms=off,fsrm=off", "kvm": "host", "hvf": "host", "whpx": "max"}
 
+#: QEMU's name for the machine's network.
+NETWORK = "net0"
 #: Node name of the machine's writable disk.
 DISK = "scratch"
 #: The guest's memory, in the directory of a machine that is to be frozen.
@@ -173,7 +175,8 @@ def _kernel(boot: BootParts, spec: MachineSpec) -> list[str]:
 def _network(kind: str) -> list[str]:
     if kind == "none":
         return ["-nic", "none"]
-    return ["-netdev", "user,id=net0,ipv6=off", "-device", "virtio-net-pci,netdev=net0,romfile="]
+    return ["-netdev", f"user,id={NETWORK},ipv6=off",
+            "-device", f"virtio-net-pci,netdev={NETWORK},romfile="]
 
 
 def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors) -> list[str]:

@@ -28,6 +28,7 @@ from vmjob.errors import (
     MachineDied,
     MachineError,
     MachineStartFailed,
+    NotSupported,
     TemplateUnusable,
     WrongState,
 )
@@ -49,6 +50,7 @@ from vmjob.machine.contract import (
 )
 from vmjob.machine.qemu import argv, frozen, programs
 from vmjob.machine.qemu.console import Console
+from vmjob.machine.qemu.forwards import Forwards
 from vmjob.machine.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class QemuDriver:
     name = "qemu"
     capabilities = Capabilities(suspend=True, checkpoint=True,
                                 networks=frozenset({"none", "nat"}), console=True, templates=True,
-                                isolated=True)
+                                isolated=True, forwards=True)
 
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
@@ -131,6 +133,7 @@ class QemuMachine:
         #: Held while a checkpoint is made: the guest is then let go on by who makes it.
         self._checkpointing = anyio.Lock()
         self._merging: asyncio.Future[None] | None = None
+        self._forwards: Forwards | None = None
         self._saver: saving.Saver | None = None
 
     # -- the contract --------------------------------------------------------------------------
@@ -285,6 +288,18 @@ class QemuMachine:
         processors = await self._running_monitor().execute("query-cpus-fast")
         set_processor_priority([int(each["thread-id"]) for each in processors],
                                low=priority is Priority.LOW)
+
+    async def forward(self, host_port: int, guest_port: int, *, remote: bool = False) -> int:
+        monitor = self._running_monitor()
+        if self.spec.network == "none":
+            raise NotSupported("the machine has no network")
+        self._forwards = self._forwards or Forwards(monitor)
+        return await self._forwards.add(host_port, guest_port, remote=remote)
+
+    async def unforward(self, host_port: int) -> None:
+        self._running_monitor()
+        if self._forwards:
+            await self._forwards.remove(host_port)
 
     async def freeze(self) -> list[str]:
         if not self.spec.freezable:
