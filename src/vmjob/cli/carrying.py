@@ -59,6 +59,8 @@ class How:
     events: str | None = None
     #: Make the job's machine ready to start, and nothing else.
     prepare_only: bool = False
+    #: Let other computers reach the ports that the job opens for them.
+    remote_ports: bool = False
 
 
 def leave(code: int) -> NoReturn:
@@ -128,7 +130,8 @@ async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Con
     request = Request(job, QemuDriver(), replace(shape, priority=how.priority), facts,
                       {"accelerator_why": why},
                       hashes=how.as_json, cold=how.cold, survival=survival, control=control,
-                      keep=Path("vmjob-failed").absolute() if how.keep else None)
+                      keep=Path("vmjob-failed").absolute() if how.keep else None,
+                      remote_ports=how.remote_ports)
     if how.prepare_only:
         return await _prepare(home, request)
     record = await run_job(home, request, grid)

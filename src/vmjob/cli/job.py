@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from vmjob.cli import jobrun
 from vmjob.cli.main import fail, print_json
 from vmjob.errors import JobFileInvalid, VmjobError
 from vmjob.job.languages import read_file
@@ -27,7 +28,10 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one
 
 @click.group()
 def job() -> None:
-    """Check and show job files: vbox_job.xml, job.xml of BOINC's wrappers, TOML."""
+    """Run, check and show job files: vbox_job.xml, job.xml of BOINC's wrappers, TOML."""
+
+
+job.add_command(jobrun.run)
 
 
 @job.command()

@@ -43,6 +43,8 @@ __all__ = ["run", "wanted"]
 @click.option("--stdin", default="none", metavar="auto|none|FILE", show_default=True,
               help="Input of the first task.")
 @click.option("--cold", is_flag=True, help="Boot the machine instead of copying a frozen one.")
+@click.option("--allow-remote-ports", is_flag=True,
+              help="Let other computers reach the ports that FILE opens for them.")
 @click.option("--slot", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Keep everything of the job in DIR, so that `vmjob run --resume DIR` goes on.")
 @click.option("--checkpoint-every", type=click.FloatRange(min=1), metavar="S",
@@ -65,9 +67,9 @@ __all__ = ["run", "wanted"]
 def run(file: Path, directory: Path | None, project: Path | None, image: str | None,
         cpus: int | None, memory: float | None, vmimage: int | None, trickle: float | None,
         sporadic: bool, register_only: bool, accel: str, cpu: str | None, stdin: str, cold: bool,
-        slot: Path | None, checkpoint_every: float | None, slot_limit: int | None,
-        stop_deadline: float, priority: str, keep_on_failure: bool, events: str | None,
-        as_json: bool, quiet: bool, arguments: tuple[str, ...]) -> NoReturn:
+        allow_remote_ports: bool, slot: Path | None, checkpoint_every: float | None,
+        slot_limit: int | None, stop_deadline: float, priority: str, keep_on_failure: bool,
+        events: str | None, as_json: bool, quiet: bool, arguments: tuple[str, ...]) -> NoReturn:
     """Run a job file: vbox_job.xml, job.xml of either kind, or TOML.
 
     The exit code is the job's own; 75 when the job asks to be continued later, 125 when vmjob
@@ -94,7 +96,8 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
     how = How(accel=accel, cpu=cpu or job.cpu or "baseline", cold=cold, stdin=stdin, slot=slot,
               every=_every(job, checkpoint_every) if slot else None, slot_limit=slot_limit,
               stop_deadline=stop_deadline, priority=Priority(priority), keep=keep_on_failure,
-              as_json=as_json, quiet=quiet, events=events, prepare_only=register_only)
+              as_json=as_json, quiet=quiet, events=events, prepare_only=register_only,
+              remote_ports=allow_remote_ports)
     leave(asyncio.run(carry(job, how)))
 
 

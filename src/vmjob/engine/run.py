@@ -65,7 +65,8 @@ class Request:
     ``image_facts`` and ``machine_facts`` go into the record; the latter with what the driver tells.
     ``cold``: boot the machine, whatever templates there are. ``hashes``: whether the record gets
     the outputs' SHA-256 (they are read once more for it). ``keep``: where a failed job's machine
-    logs go, if anywhere. ``control``: for who wants to suspend or keep it.
+    logs go, if anywhere. ``control``: for who wants to suspend or keep it. ``remote_ports``:
+    whether ports that the job wants to open for other computers may be.
     """
 
     job: Job
@@ -78,6 +79,7 @@ class Request:
     keep: Path | None = None
     survival: Survival | None = None
     control: Control = field(default_factory=Control)
+    remote_ports: bool = False
 
 
 async def run_job(home: Home, request: Request, grid: Grid) -> Record:
@@ -97,6 +99,10 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
             if session.cold_because:
                 grid.warning(f"the machine was booted, not copied: {session.cold_because}")
             async with session.explaining():
+                if request.job.forwards:
+                    from vmjob.engine.ports import open_ports
+
+                    await open_ports(session, request.job, grid, remote=request.remote_ports)
                 sharing = _sharing(session, request.job, generation)
                 if generation is None:
                     life.enter(State.INPUTS)

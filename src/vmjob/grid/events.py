@@ -94,7 +94,7 @@ class Events:
         self.tell("operations", floating=floating, integer=integer)
         self._grid.operations(floating, integer)
 
-    def address(self, what: Literal["web", "console"], where: str) -> None:
+    def address(self, what: Literal["web", "console", "port"], where: str) -> None:
         self.tell("address", what=what, where=where)
         self._grid.address(what, where)
 

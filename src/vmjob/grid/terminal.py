@@ -98,8 +98,9 @@ class Terminal(Quiet):
     def upload(self, name: str) -> None:
         self._say(f"ready before the end: {name}")
 
-    def address(self, what: Literal["web", "console"], where: str) -> None:
-        self._say(f"{'page' if what == 'web' else 'screen'} of the job: {where}")
+    def address(self, what: Literal["web", "console", "port"], where: str) -> None:
+        name = {"web": "page", "console": "screen", "port": "port"}[what]
+        self._say(f"{name} of the job: {where}")
 
     def warning(self, text: str) -> None:
         self._say(f"warning: {text}")

@@ -1,0 +1,39 @@
+"""A job's ports on this computer, opened for as long as its machine's process lives."""
+
+from __future__ import annotations
+
+from vmjob.engine.session import Session
+from vmjob.errors import PortTaken
+from vmjob.grid.contract import Grid
+from vmjob.job.model import Job, Network
+
+__all__ = ["open_ports"]
+
+
+async def open_ports(session: Session, job: Job, grid: Grid, *, remote: bool) -> None:
+    """Open what the job asks for, and tell where it is; for other computers only with ``remote``.
+
+    A port that somebody else has is replaced by one that is free: two jobs of one kind ask for the
+    same. Raises what `Machine.forward` raises for other causes.
+    """
+    if job.forwards and job.network is Network.NONE:
+        grid.warning("the job asks for ports but has no network; they are not opened")
+        return
+    for forward in job.forwards:
+        anywhere = forward.remote and remote
+        if forward.remote and not remote:
+            grid.warning(f"port {forward.guest_port} of the job is opened for this computer only; "
+                         "--allow-remote-ports opens it for others")
+        try:
+            port = await session.machine.forward(forward.host_port, forward.guest_port,
+                                                 remote=anywhere)
+        except PortTaken:
+            if not forward.host_port:
+                raise
+            port = await session.machine.forward(0, forward.guest_port, remote=anywhere)
+            grid.warning(f"port {forward.host_port} of this computer is taken; the job's port "
+                         f"{forward.guest_port} is at {port}")
+        if forward.web:
+            grid.address("web", f"http://127.0.0.1:{port}/")
+        else:
+            grid.address("port", f"127.0.0.1:{port} leads to {forward.guest_port}")
