@@ -22,6 +22,7 @@ from vmjob.errors import AgentProtocol, JobError, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.job.model import Job, OnFlood, Task
+from vmjob.job.triggers import parse_credit
 
 __all__ = ["Verdict", "Work"]
 
@@ -262,15 +263,15 @@ class Work:
             self._grid.fraction_done(overall([task.weight for task in self._tasks], ended, of_task))
 
     def _heard(self, text: str) -> None:
-        """A message of the job: ``fraction_done 0.5`` is understood, everything is passed on."""
+        """A message of the job; the words of `vmjob_job` are understood, others passed on."""
         word, _, value = text.partition(" ")
-        if word == "fraction_done":
-            with contextlib.suppress(ValueError):
-                fraction = float(value)
-                if 0 <= fraction <= 1:
-                    self._fraction(fraction)
-                    return
-        self._grid.message(text)
+        if word == "fraction_done" and (fraction := parse_fraction(value.encode())) is not None:
+            self._fraction(fraction)
+        elif word == "ops_cumulative" and (operations := parse_credit(
+                value.replace(" ", "\n", 1).encode())) is not None:
+            self._grid.operations(*operations)
+        elif text != "checkpoint_completed":  # the machine as a whole is kept when it is time
+            self._grid.message(text)
 
 
 async def _nowhere(stream: Literal["stdout", "stderr"], data: bytes) -> None:

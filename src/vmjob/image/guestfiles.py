@@ -6,11 +6,17 @@ import importlib.resources
 import io
 import tarfile
 
-__all__ = ["agent_sources", "digest_input", "overlay_tar", "resource"]
+__all__ = ["agent_sources", "digest_input", "library_sources", "overlay_tar", "resource"]
 
 #: Where the guest keeps our files.
 GUEST_DIRECTORY = "usr/lib/vmjob"
 AGENT_PACKAGE = "vmjob_agent"
+#: Where programs look for what they import, include or read: one place for each language.
+LIBRARY = {"vmjob_job.py": "usr/lib/python3/dist-packages/vmjob_job.py",
+           "vmjob_job.sh": f"{GUEST_DIRECTORY}/vmjob_job.sh",
+           "vmjob_job.h": "usr/include/vmjob_job.h"}
+
+
 
 def resource(name: str) -> bytes:
     """The script ``name`` of ``vmjob/image/guest``: init, pid1 or customize."""
@@ -27,13 +33,21 @@ def agent_sources() -> dict[str, bytes]:
             if entry.name.endswith(".py") and entry.is_file()}
 
 
+def library_sources() -> dict[str, bytes]:
+    """What jobs may use to talk to the host: file name -> source."""
+    directory = importlib.resources.files("vmjob") / "guest" / "library"
+    return {name: (directory / name).read_bytes() for name in LIBRARY}
+
+
 def digest_input() -> list[tuple[str, bytes]]:
     """All guest files as (name, content): what an image's digest covers."""
     scripts = [(f"script/{name}", resource(name)) for name in ("customize", "init", "pid1")]
-    return scripts + [(f"agent/{name}", data) for name, data in agent_sources().items()]
+    scripts += [(f"agent/{name}", data) for name, data in agent_sources().items()]
+    return scripts + [(f"library/{name}", data) for name, data in library_sources().items()]
 
 
-def overlay_tar(agent: dict[str, bytes], pid1: bytes, mtime: int) -> bytes:
+def overlay_tar(agent: dict[str, bytes], library: dict[str, bytes], pid1: bytes,
+                mtime: int) -> bytes:
     """A tar archive of what is laid over Debian's files: all owned by root, all of one time.
 
     An archive, because it carries owners and modes through a build that runs without root.
@@ -64,4 +78,7 @@ def overlay_tar(agent: dict[str, bytes], pid1: bytes, mtime: int) -> bytes:
         add(f"{GUEST_DIRECTORY}/{AGENT_PACKAGE}", 0o755, None)
         for name, data in sorted(agent.items()):
             add(f"{GUEST_DIRECTORY}/{AGENT_PACKAGE}/{name}", 0o644, data)
+        add("usr/include", 0o755, None)
+        for name, data in sorted(library.items()):
+            add(LIBRARY[name], 0o644, data)
     return buffer.getvalue()
