@@ -41,9 +41,8 @@ def read(data: bytes, where: Surroundings) -> Reading:
     if where.arguments:
         desk.say(Level.WARNING, (), "arguments-unused",
                  f"the arguments {' '.join(where.arguments)!r} reach no task of this file")
-    wrong = any(finding.level is Level.ERROR for finding in desk.findings)
     findings = sorted(desk.findings, key=lambda finding: finding.line)
-    return Reading(LANGUAGE, tuple(findings), None if wrong else job)
+    return Reading(LANGUAGE, tuple(findings), None if desk.errors else job)
 
 
 class _Unreadable(Exception):
@@ -95,7 +94,7 @@ def _job(desk: Desk, content: dict[str, Any], where: Surroundings) -> Job | None
         desk.say(Level.WARNING, ("triggers",), "no-shared-folder",
                  "triggers are files in the folder `shared`, and there is none of that name",
                  'Write a [[folder]] with name = "shared".')
-    if any(finding.level is Level.ERROR for finding in desk.findings):
+    if desk.errors:
         return None
     job = Job(**given)
     if where.cpus is not None:
@@ -145,7 +144,7 @@ def _value(desk: Desk, key: Key, value: Any, path: KeyPath) -> Any:
 
 
 def _record(desk: Desk, table: Table, content: dict[str, Any], path: KeyPath) -> Any:
-    before = len(desk.findings)
+    before = desk.errors
     given = _fields(desk, table, content, path)
     if "mailbox_base64" in given:
         if "mailbox" in given:
@@ -156,7 +155,7 @@ def _record(desk: Desk, table: Table, content: dict[str, Any], path: KeyPath) ->
         given["mailbox"] = given["mailbox"].encode()
     if table.title == "[[folder]]" and "name" in given:
         given.setdefault("destination", given["name"])
-    if any(finding.level is Level.ERROR for finding in desk.findings[before:]):
+    if desk.errors > before:
         return None
     return table.record(**given)
 

@@ -36,12 +36,15 @@ class Desk:
     directory: Path
     lines: dict[KeyPath, int]
     findings: list[Finding] = field(default_factory=list)
+    errors: int = 0  # also those that were one too many to be told
 
     def say(self, level: Level, path: KeyPath, code: str, what: str, instead: str = "") -> None:
         """Add a finding about what is at ``path``, or else about what holds it."""
+        self.errors += level is Level.ERROR
         if len(self.findings) >= MAX_FINDINGS:
             if self.findings[-1].code == "too-many":
                 return
+            self.errors += level is not Level.ERROR
             level, code, what = Level.ERROR, "too-many", "too much is odd here"
         while path and path not in self.lines:
             path = path[:-1]
