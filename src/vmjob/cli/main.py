@@ -18,6 +18,7 @@ __all__ = ["cli", "fail", "main"]
 COMMANDS = {
     "run": "Run a command in a throw-away virtual machine.",
     "machine": "Make machines that stay between commands; start, use, keep and remove them.",
+    "job": "Check and show job files of any kind.",
     "image": "Build, list, check and remove the images that machines boot from.",
     "doctor": "Say what this computer can do, what is wrong, and what to do about it.",
     "clean": "Remove what killed processes left behind.",

@@ -46,9 +46,10 @@ class Folder:
     come back at all.
 
     ``links``: files of BOINC's that only name another (``<soft_link>``) stand for that one.
-    ``without``: names at its top that are not the job's business. ``copies``: files of the host
-    that are put there first, under their names, unless they are there; ``texts``: files that are
-    written there first, with what they hold. ``max_bytes`` and ``max_files`` of all in it.
+    ``without``: names at its top that are not the job's business; a ``*`` stands for any
+    characters. ``copies``: files of the host that are put there first, under their names, unless
+    they are there; ``texts``: files that are written there first, with what they hold.
+    ``max_bytes`` and ``max_files`` of all in it.
     """
 
     name: str

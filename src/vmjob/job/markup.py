@@ -67,7 +67,7 @@ def parse(data: bytes, containers: frozenset[str] = CONTAINERS) -> Document:
     Without a finding at `Level.ERROR` the file is complete: no root lacks its end.
     """
     if len(data) > MAX_BYTES:
-        return _refused(0, "too-large", f"the file has {len(data)} bytes; {MAX_BYTES} are read")
+        return _refused(0, "too-large", f"the file has more than {MAX_BYTES} bytes")
     if b"\0" in data:
         return _refused(data.count(b"\n", 0, data.index(b"\0")) + 1, "not-text",
                         "there is a zero byte: this is not a text file")
@@ -191,7 +191,8 @@ class _Parser:
                        f"<{shown(name)}>", level=Level.NOTE)
         elif inside[0].isspace() or (closing and bare[1:2].isspace()):
             self._find(start, "blank-in-tag", f"blanks before the name in <{shown(inside)}>; "
-                       "BOINC's programs would not know this tag", f"<{shown(name)}>")
+                       "BOINC's programs would not know this tag",
+                       f"<{'/' * closing}{shown(name)}>")
         if closing:
             self._end(start, name)
         else:
@@ -255,16 +256,13 @@ class _Parser:
     def _close_unfinished(self, *, at_end: bool = False) -> None:
         """Close the innermost element although its end is missing."""
         open_ = self._stack[-1]
-        level = Level.WARNING
-        if len(self._stack) == 1:
-            level = Level.ERROR
-            what = f"<{shown(open_.name)}> has no end"
-            what += ": the file was cut off" if at_end else ""
-        else:
-            what = f"<{shown(open_.name)}> has no end"
+        is_root = len(self._stack) == 1
+        level = Level.ERROR if is_root else Level.WARNING
+        what = f"<{shown(open_.name)}> has no end"
+        what += ": the file was cut off" if is_root and at_end else ""
         self._add_finding(Finding(level, open_.line, "end-missing", what,
                                   f"</{shown(open_.name)}>"))
-        if len(self._stack) == 1 or open_.name in self._containers:
+        if is_root or open_.name in self._containers:
             self._close()
             return
         # What came after it is its parent's: siblings that an element without an end swallowed.

@@ -147,7 +147,8 @@ class Job:
     is ended as well, but has succeeded.
 
     ``cpu``: `MachineSpec.cpu_model`. ``packages``: Debian packages or tar archives of the host that
-    are installed in the machine first. ``checkpoint_every``: seconds of run time between
+    are installed in the machine first. ``tasks``: none where the machine boots the job's own disk,
+    which knows what to do. ``checkpoint_every``: seconds of run time between
     checkpoints where there is a slot; None: whatever the caller chooses; 0: none but the last one.
     """
 
@@ -174,9 +175,11 @@ class Job:
 
     def check(self) -> None:
         """Raise the first thing that is wrong with this job; nothing was started then."""
-        if not self.tasks or not all(task.argv and task.argv[0] for task in self.tasks):
+        own_disk = self.hardware.disk is not None or self.hardware.iso is not None
+        if (not (self.tasks or own_disk)
+                or not all(task.argv and task.argv[0] for task in self.tasks)):
             raise UsageError("there is no command to run")
-        if all(task.daemon for task in self.tasks):
+        if self.tasks and all(task.daemon for task in self.tasks):
             raise UsageError("all tasks are daemons: there is none whose end is the job's")
         for what, value, least, most in (
                 ("memory (MiB)", self.memory_mb, LEAST_MEMORY_MB, MOST_MEMORY_MB),

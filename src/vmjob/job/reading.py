@@ -54,7 +54,9 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Reading:
-    """A job file, read. ``language``: ``vbox_job``, ``wrapper``, ``vmwrapper`` or ``toml``.
+    """A job file, read.
+
+    ``language``: ``vbox_job``, ``wrapper``, ``vmwrapper`` or ``toml``; '' where it is none of them.
 
     ``job`` is None exactly where a finding is an error.
     """

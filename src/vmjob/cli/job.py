@@ -1,0 +1,163 @@
+"""``vmjob job``: job files of any kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmjob.cli.main import fail, print_json
+from vmjob.errors import JobFileInvalid, VmjobError
+from vmjob.job.languages import read_file
+from vmjob.job.reading import Finding, Level, Reading
+
+__all__ = ["job"]
+
+EXIT_WARNINGS, EXIT_ERRORS = 1, 2
+
+MIB = 1 << 20
+
+file_argument = click.Path(path_type=Path)
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.group()
+def job() -> None:
+    """Check and show job files: vbox_job.xml, job.xml of BOINC's wrappers, TOML."""
+
+
+@job.command()
+@click.argument("files", nargs=-1, required=True, type=file_argument, metavar="FILE...")
+@as_json_option
+def check(files: tuple[Path, ...], as_json: bool) -> None:
+    """Say everything that is odd about job files, with file and line.
+
+    \b
+    One line for each finding:  FILE:LINE: level: what (write: instead)
+      error    there is no job: nothing would run
+      warning  probably not what the author meant
+      note     done in another way here than elsewhere, or not needed here
+
+    \b
+    Exit code: 0 no errors and no warnings, 1 warnings only, 2 errors.
+
+    Nothing runs. Disk images and init_data.xml are looked for beside the file.
+    """
+    readings = [(file, _checked(file)) for file in files]
+    if as_json:
+        print_json({"files": [_as_dict(file, reading) for file, reading in readings]})
+    else:
+        for file, reading in readings:
+            _say(file, reading.findings, err=False)
+    levels = {finding.level for _, reading in readings for finding in reading.findings}
+    sys.exit(EXIT_ERRORS if Level.ERROR in levels
+             else EXIT_WARNINGS if Level.WARNING in levels else 0)
+
+
+@job.command()
+@click.argument("file", type=file_argument)
+@as_json_option
+def show(file: Path, as_json: bool) -> None:
+    """Show the job that a job file describes, as vmjob understands it.
+
+    What is odd about the file goes to stderr. Exit code 125 when there is no job in it.
+    """
+    try:
+        reading = read_file(file)
+    except VmjobError as error:
+        fail(error, as_json=as_json)
+    if not as_json:
+        _say(file, reading.findings, err=True)
+    if reading.job is None:
+        first = next(each for each in reading.findings if each.level is Level.ERROR)
+        fail(JobFileInvalid(f"{click.format_filename(file)}:{first.line}: {first.what}",
+                            findings=list(map(_finding_as_dict, reading.findings))),
+             as_json=as_json)
+    import msgspec
+
+    content: dict[str, Any] = msgspec.to_builtins(reading.job, enc_hook=str)
+    if as_json:
+        print_json({"language": reading.language, "job": content,
+                    "findings": list(map(_finding_as_dict, reading.findings))})
+    else:
+        click.echo(f"# {reading.language}: {click.format_filename(file)}")
+        click.echo("\n".join(listing(content, _defaults(reading.job))))
+
+
+def _checked(file: Path) -> Reading:
+    """What reading a file gives; one that cannot be read is a finding like any other."""
+    try:
+        reading = read_file(file)
+    except VmjobError as error:
+        finding = Finding(Level.ERROR, 0, error.code, error.message, error.advice)
+        return Reading("", (finding,), None)
+    here = _memory_here(reading)
+    return dataclasses.replace(reading, findings=reading.findings + here) if here else reading
+
+
+def _memory_here(reading: Reading) -> tuple[Finding, ...]:
+    from vmjob.host.facts import memory
+
+    if reading.job is None or reading.job.memory_mb * MIB <= (total := memory().total):
+        return ()
+    return (Finding(Level.WARNING, 0, "memory-here",
+                    f"the job wants {reading.job.memory_mb} MiB of memory; "
+                    f"this computer has {total // MIB}"),)
+
+
+def _say(file: Path, findings: Iterable[Finding], *, err: bool) -> None:
+    for each in findings:
+        place = f"{click.format_filename(file)}:{each.line}" if each.line else (
+            click.format_filename(file))
+        instead = f" (write: {each.instead})" if each.instead else ""
+        click.echo(f"{place}: {each.level.value}: {each.what}{instead}", err=err)
+
+
+def _as_dict(file: Path, reading: Reading) -> dict[str, Any]:
+    return {"file": click.format_filename(file), "language": reading.language,
+            "is_job": reading.job is not None,
+            "findings": list(map(_finding_as_dict, reading.findings))}
+
+
+def _finding_as_dict(finding: Finding) -> dict[str, Any]:
+    return {**dataclasses.asdict(finding), "level": finding.level.value}
+
+
+# -- a listing for people --------------------------------------------------------------------
+
+
+def _defaults(record: Any) -> dict[str, Any]:
+    """The values of a record's fields that say nothing; they are left out of the listing."""
+    return {each.name: each.default for each in dataclasses.fields(record)
+            if each.name not in {"memory_mb", "cpus", "network", "image"}}
+
+
+def listing(content: dict[str, Any], defaults: dict[str, Any] | None = None,
+            title: str = "") -> list[str]:
+    """A job as lines that read like TOML: plain values, then a section for each record.
+
+    What has its default, or holds nothing, is left out.
+    """
+    import json
+
+    lines = [f"[{title}]"] if title else []
+    sections: list[str] = []
+    for key, value in content.items():
+        if value is None or value in ([], {}, "") or value is False:
+            continue
+        if defaults is not None and value == defaults.get(key, None):
+            continue
+        name = f"{title}.{key}" if title else key
+        if isinstance(value, dict):
+            inner = listing(value, title=name)
+            sections += ["", *inner] if len(inner) > 1 else []
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            for each in value:
+                sections += ["", *listing(each, title=name)]
+        else:
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+    return lines + sections
