@@ -138,19 +138,24 @@ class AsyncMachine:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def restore(cls, slot: PathLike, *, priority: str = "low", home: PathLike | None = None,
+    async def restore(cls, slot: PathLike, *, priority: str | None = None,
+                      home: PathLike | None = None,
                       driver: Driver | None = None) -> AsyncIterator[AsyncMachine]:
         """The machine whose last `checkpoint` is in ``slot``; its commands go on.
 
-        When the newest checkpoint is damaged, it is the one before; `warnings` then says so. Raises
-        `SlotUnusable` when none is good, `Busy` when another process has the slot,
-        `ProcessorChanged`, and what `create` raises.
+        Its ``priority`` is the last one that it had unless one is given. When the newest checkpoint
+        is damaged, it is the one before; `warnings` then says so. Raises `SlotUnusable` when none
+        is good, `Busy` when another process has the slot, `CheckpointNewer`, `ProcessorChanged`,
+        and what `create` raises.
         """
         if not Path(slot).is_dir():
             raise SlotUnusable(f"there is no slot {slot}")
         with Slot.claim(Path(slot).absolute()) as owned:
-            async with cls._opened(owned.asked_machine(), priority, home, driver, owned, cold=False,
-                                   again=True) as machine:
+            asked = owned.asked_machine()
+            if priority is not None and _priority(priority) != asked.priority:
+                owned.keep_priority(priority)
+            async with cls._opened(asked, priority or asked.priority, home, driver, owned,
+                                   cold=False, again=True) as machine:
                 yield machine
 
     @classmethod
@@ -355,9 +360,14 @@ class AsyncMachine:
                         self._slot.generations.disk_bytes())
 
     async def set_priority(self, priority: str) -> None:
-        """``low``: the machine's processors get what no other program wants; ``normal``."""
+        """``low``: the machine's processors get what no other program wants; ``normal``.
+
+        A machine with a slot has it again when it is restored.
+        """
         async with self._asking() as session:
             await session.machine.set_priority(_priority(priority))
+            if self._slot is not None:
+                self._slot.keep_priority(priority)
 
     async def status(self) -> Status:
         """Where the machine is in its life."""
@@ -467,7 +477,7 @@ class Machine:
 
     @classmethod
     @contextlib.contextmanager
-    def restore(cls, slot: PathLike, *, priority: str = "low", home: PathLike | None = None,
+    def restore(cls, slot: PathLike, *, priority: str | None = None, home: PathLike | None = None,
                 driver: Driver | None = None) -> Iterator[Machine]:
         """See `AsyncMachine.restore`."""
         making = functools.partial(AsyncMachine.restore, slot, priority=priority, home=home,

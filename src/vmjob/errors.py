@@ -152,6 +152,13 @@ class SlotUnusable(HostError):
     standing_advice = "Give the directory of a job that was run with --slot."
 
 
+class CheckpointNewer(SlotUnusable):
+    """The checkpoint is good, and kept: it needs the vmjob that made it."""
+
+    code = "checkpoint-newer"
+    standing_advice = "Continue with the vmjob that made it, or a newer one; nothing was changed."
+
+
 class ProcessorChanged(HostError):
     """The checkpoint is good, and kept: it needs another computer, or the one it was made on."""
 

@@ -1,7 +1,8 @@
-"""``script/campaign kills``, ``long`` and ``power``."""
+"""``script/campaign kills``, ``long``, ``power`` and ``throttle``."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import sys
@@ -13,6 +14,7 @@ import click
 
 from tests.campaign import kills as killing
 from tests.campaign import power as cutting
+from tests.campaign import throttle as throttling
 from tests.campaign.long import survive
 from tests.conftest import lend
 from vmjob.home import Home, remove_tree
@@ -101,6 +103,26 @@ def power(count: int, seed: int | None, as_json: bool) -> None:
         for each in found["broken"]:
             _print(f"BROKEN: {each}")
     sys.exit(1 if found["broken"] else 0)
+
+
+@main.command()
+@click.option("--minutes", default=2.0, show_default=True, help="How long.")
+@click.option("--on", default=1.0, show_default=True, help="Seconds for which the job runs.")
+@click.option("--off", default=1.0, show_default=True, help="Seconds for which it stands still.")
+def throttle(minutes: float, on: float, off: float) -> None:
+    """Suspend and resume a job all the time; look at its clocks, timers, streams and limit."""
+    store = ImageStore(Home())
+    recipe = Recipe()
+    image = store.current(recipe) or store.build(recipe, lambda fraction, text: None)
+    place = Path(tempfile.mkdtemp(prefix="campaign-"))
+    try:
+        home = Home(place / "home")
+        lend(image, home)
+        found = asyncio.run(throttling.throttle(home, image, place, minutes, on, off))
+    finally:
+        remove_tree(place)
+    _print(json.dumps(found, indent=1))
+    sys.exit(1 if found["wrong"] else 0)
 
 
 def _seed(given: int | None) -> int:

@@ -201,7 +201,7 @@ def destroy(name: str, as_json: bool) -> None:
 @click.argument("priority", type=click.Choice([p.value for p in Priority]))
 @answering
 def priority(name: str, priority: str, as_json: bool) -> None:
-    """Change how much of a busy computer a running machine may take, until it is stopped."""
+    """Change how much of a busy computer a running machine may take, now and whenever it runs."""
     asyncio.run(client.ask(Home(), name, "priority", {"priority": priority}))
     _say(as_json, "", {"name": name, "priority": priority})
 

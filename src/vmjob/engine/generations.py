@@ -24,7 +24,7 @@ import anyio
 import msgspec
 
 from vmjob.engine.progress import Progress
-from vmjob.errors import CheckpointUnusable
+from vmjob.errors import CheckpointNewer, CheckpointUnusable
 from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.host.digest import digest
@@ -34,7 +34,8 @@ from vmjob.machine.contract import Checkpoint, Saved
 
 __all__ = ["Draft", "Generation", "Generations"]
 
-#: Raise this when an older vmjob could not continue from what this one writes.
+#: Raise this when an older vmjob could not continue from what this one writes. It then refuses: the
+#: seal around a manifest, and this field in it, are what every vmjob must be able to read.
 FORMAT = 1
 #: Generations that are kept.
 KEPT = 2
@@ -80,6 +81,12 @@ class _Sealed(msgspec.Struct, frozen=True):
 
     sha256: str
     generation: msgspec.Raw
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """All that can be said of a manifest before its format is known."""
+
+    format: int
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,12 @@ class Generations:
         self.tidy()
         self._seal(generation, {name for name in files if name not in known})
         return generation
+
+    def check(self) -> None:
+        """Raise `CheckpointNewer` when a newer vmjob has been here; changes nothing."""
+        for path in self._manifests():
+            with contextlib.suppress(CheckpointUnusable):
+                self._read(path)
 
     def newest_first(self) -> Iterator[Generation | CheckpointUnusable]:
         """The generations that can be used, verified, and what is wrong with the others."""
@@ -255,6 +268,9 @@ class Generations:
                 sealed = msgspec.json.decode(file.read(MAX_MANIFEST), type=_Sealed)
             if _checksum(sealed.generation) != sealed.sha256:
                 raise CheckpointUnusable(f"the checkpoint {path.stem} is damaged: its manifest")
+            if msgspec.json.decode(sealed.generation, type=_Format).format > FORMAT:
+                raise CheckpointNewer(f"the checkpoint {path.stem} in {self.directory} was made by "
+                                      "a newer vmjob")
             generation = msgspec.json.decode(sealed.generation, type=Generation)
         except (OSError, msgspec.MsgspecError) as error:
             raise CheckpointUnusable(

@@ -37,6 +37,8 @@ TURN_DEADLINE = 30.0
 #: Bytes that stay free on the disk whatever happens.
 LEFT_FREE = 64 << 20
 MIB = 1 << 20
+#: A name that is given and taken back, to see whether it can be; `Generations.tidy` knows no such.
+LINK_PROBE = "link.new"
 
 
 async def keep(generations: Generations, session: Session, progress: Callable[[], Progress],
@@ -121,12 +123,37 @@ def _next(candidates: Iterator[Generation | CheckpointUnusable],
 def _check_room(generations: Generations, spec: MachineSpec, room: int | None) -> None:
     """Refuse to begin what would fill the disk, or break the limit of who owns it."""
     directory: Path = generations.directory
-    most = spec.memory_mb * MIB
+    most = spec.memory_mb * MIB + _copied(generations, spec)
     if shutil.disk_usage(directory).free < most + LEFT_FREE:
         raise HostDiskFull(f"there is no room for another checkpoint in {directory}")
     if room is not None and most > room:
         raise HostDiskFull("another checkpoint might take more than the disk space that is left to "
                            f"the job ({max(0, room) // MIB} MiB)")
+
+
+def _copied(generations: Generations, spec: MachineSpec) -> int:
+    """Bytes of what the first checkpoint has copied of the image and the template.
+
+    None where the files can be linked. What an attempt that failed has copied is not copied again.
+    """
+    if spec.saved is not None or spec.boot is None or generations.listed():
+        return 0
+    files = [spec.boot.root, spec.boot.scratch]
+    if spec.template is not None:
+        files += (path for path in spec.template.iterdir() if path.is_file())
+    sizes = [path.stat().st_size for path in files if not _linkable(path, generations.directory)]
+    return max(0, sum(sizes) - generations.disk_bytes())
+
+
+def _linkable(path: Path, directory: Path) -> bool:
+    """Whether a file can have another name there: the kernel has more rules than one about it."""
+    probe = directory / LINK_PROBE
+    try:
+        probe.hardlink_to(path)
+    except OSError:
+        return False
+    probe.unlink()
+    return True
 
 
 def _check_processor(generation: Generation, shape: MachineSpec) -> None:

@@ -113,14 +113,14 @@ class Slot:
                 raise Busy(f"the slot {root} belongs to another vmjob process"
                            f"{_owner(root)}") from None
             try:
-                (root / OWNER).write_text(json.dumps(
-                    {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
-                slot = cls(root)
-                slot.clean()
-            except OSError as error:
-                raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
-                    f"cannot use {root} as a slot: {error.strerror}") from error
-            try:
+                try:
+                    (root / OWNER).write_text(json.dumps(
+                        {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+                    slot = cls(root)
+                    slot.clean()
+                except OSError as error:
+                    raise (HostDiskFull if error.errno == 28 else HomeUnusable)(
+                        f"cannot use {root} as a slot: {error.strerror}") from error
                 yield slot
             finally:
                 (root / OWNER).unlink(missing_ok=True)
@@ -130,7 +130,7 @@ class Slot:
     def clean(self) -> None:
         """Remove what an owner that was killed had no time to remove; nothing that may be others'.
 
-        Raises `SlotUnusable`.
+        Raises `SlotUnusable`; `CheckpointNewer`, and then nothing was removed.
         """
         if self.has_job:
             self.asked()
@@ -139,8 +139,11 @@ class Slot:
         else:
             (self.root / STDIN).unlink(missing_ok=True)
             return
+        ended = self.result() is not None
+        if not ended:
+            self.generations.check()
         remove_tree(self.root / "machine")
-        if self.result() is not None:
+        if ended:
             self.generations.clear()
         else:
             self.generations.tidy()
@@ -175,6 +178,11 @@ class Slot:
     def asked_machine(self) -> AskedMachine:
         """What its machine was asked for with; raises `SlotUnusable`."""
         return self._read(MACHINE, AskedMachine, "machine")
+
+    def keep_priority(self, priority: str) -> None:
+        """Whoever continues its machine gives it this priority."""
+        self._write(MACHINE, msgspec.json.encode(
+            msgspec.structs.replace(self.asked_machine(), priority=priority)))
 
     def end(self, record: Record) -> None:
         """The job has ended: keep its record, and nothing that it would be continued with."""

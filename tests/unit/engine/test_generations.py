@@ -229,7 +229,7 @@ def test_a_job_that_went_back_never_meets_what_was_newer(made: Generations) -> N
 def test_a_generation_of_another_version_is_not_used(
         made: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(made)
-    monkeypatch.setattr(generations_module, "FORMAT", generations_module.FORMAT + 1)
+    monkeypatch.setattr(generations_module, "FORMAT", generations_module.FORMAT + 1)  # ours
     assert found(made) == ([], ["the checkpoint 000001 is of another version of vmjob"])
 
 

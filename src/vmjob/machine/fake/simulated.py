@@ -31,6 +31,7 @@ import msgspec
 
 from vmjob.errors import (
     CheckpointFailed,
+    CheckpointNewer,
     CheckpointUnusable,
     HostDiskFull,
     MachineStartFailed,
@@ -352,6 +353,8 @@ async def _let_others_run() -> None:
 
 
 def _state(saved: Saved) -> _State:
+    if saved.state.get("format", 0) > FORMAT:
+        raise CheckpointNewer("a checkpoint that was made by a newer vmjob")
     try:
         state = msgspec.convert(dict(saved.state), _State)
     except msgspec.ValidationError as error:

@@ -28,7 +28,13 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from vmjob.errors import CheckpointFailed, CheckpointUnusable, HostDiskFull, MachineError
+from vmjob.errors import (
+    CheckpointFailed,
+    CheckpointNewer,
+    CheckpointUnusable,
+    HostDiskFull,
+    MachineError,
+)
 from vmjob.host.priority import lower_disk_priority
 from vmjob.machine.contract import Checkpoint, MachineSpec, Saved
 from vmjob.machine.qemu import argv, frozen, merging
@@ -297,6 +303,9 @@ def boot_parts(saved: Saved) -> tuple[Path, Path]:
 
 
 def _state(saved: Saved) -> _State:
+    said = saved.state.get("format")
+    if isinstance(said, int) and said > FORMAT:
+        raise CheckpointNewer(f"a checkpoint in {saved.directory} was made by a newer vmjob")
     try:
         state = msgspec.convert(dict(saved.state), _State)
     except msgspec.ValidationError as error:
