@@ -13,6 +13,7 @@ from vmjob.cli.carrying import How, carry, leave
 from vmjob.cli.run import CHECKPOINT_EVERY
 from vmjob.errors import JobFileInvalid
 from vmjob.job.model import Job
+from vmjob.job.packages import with_packages
 from vmjob.job.reading import Level, Reading, Surroundings
 from vmjob.machine.contract import Priority
 
@@ -93,6 +94,7 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
         job = replace(job, folders=tuple(
             replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == "shared"
             else folder for folder in job.folders))
+    job = with_packages(job)
     how = How(accel=accel, cpu=cpu or job.cpu or "baseline", cold=cold, stdin=stdin, slot=slot,
               every=_every(job, checkpoint_every) if slot else None, slot_limit=slot_limit,
               stop_deadline=stop_deadline, priority=Priority(priority), keep=keep_on_failure,
