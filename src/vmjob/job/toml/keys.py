@@ -194,6 +194,8 @@ JOB = Table("", Job, (
     Key("duration", Kind.SECONDS, "after this the job is ended too, but has succeeded", above=0),
     Key("checkpoint_every", Kind.SECONDS, "run time between checkpoints; 0: none but the last one",
         least=0),
+    Key("trickle_every", Kind.SECONDS, "run time between trickles that tell the run time",
+        above=0),
     Key("output_limit", Kind.SIZE, "of each output", least=0),
     Key("stream_limit", Kind.SIZE, "of each of stdout and stderr", least=0),
     Key("on_flood", Kind.TEXT, "what happens to a job that writes more than that",
