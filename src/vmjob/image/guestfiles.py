@@ -11,10 +11,11 @@ __all__ = ["agent_sources", "digest_input", "library_sources", "overlay_tar", "r
 #: Where the guest keeps our files.
 GUEST_DIRECTORY = "usr/lib/vmjob"
 AGENT_PACKAGE = "vmjob_agent"
-#: Where programs look for what they import, include or read: one place for each language.
-LIBRARY = {"vmjob_job.py": "usr/lib/python3/dist-packages/vmjob_job.py",
-           "vmjob_job.sh": f"{GUEST_DIRECTORY}/vmjob_job.sh",
-           "vmjob_job.h": "usr/include/vmjob_job.h"}
+#: Where programs look for what they import, include, read or call, and with which mode.
+LIBRARY = {"vmjob_job.py": ("usr/lib/python3/dist-packages/vmjob_job.py", 0o644),
+           "vmjob_job.sh": (f"{GUEST_DIRECTORY}/vmjob_job.sh", 0o644),
+           "vmjob_job.h": ("usr/include/vmjob_job.h", 0o644),
+           "vboxmonitor": ("usr/bin/vboxmonitor", 0o755)}
 
 
 
@@ -80,5 +81,6 @@ def overlay_tar(agent: dict[str, bytes], library: dict[str, bytes], pid1: bytes,
             add(f"{GUEST_DIRECTORY}/{AGENT_PACKAGE}/{name}", 0o644, data)
         add("usr/include", 0o755, None)
         for name, data in sorted(library.items()):
-            add(LIBRARY[name], 0o644, data)
+            path, mode = LIBRARY[name]
+            add(path, mode, data)
     return buffer.getvalue()

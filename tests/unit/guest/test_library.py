@@ -74,6 +74,14 @@ def test_nobody_listening_is_no_reason_to_fail(tmp_path: Path) -> None:
         subprocess.run(command, cwd=SOURCES, env=env, check=True, timeout=60)
 
 
+def test_vboxmonitor_copies_its_input_to_its_output_and_to_the_host(tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+    done = subprocess.run(["sh", SOURCES / "vboxmonitor"], input=b"one\ntwo\n",
+                          capture_output=True, check=True, timeout=60,
+                          env={"PATH": os.environ["PATH"], "VMJOB_TO_HOST": str(heard)})
+    assert done.stdout == heard.read_bytes() == b"one\ntwo\n"
+
+
 def test_every_file_of_it_is_in_the_images() -> None:
     assert set(library_sources()) == set(LIBRARY) == {
         path.name for path in SOURCES.iterdir() if path.is_file()}
