@@ -91,6 +91,8 @@ class Mirror:
         self._putting: dict[str, Stamp] = {}
         self._refused: dict[str, tuple[Stamp, Stamp | None]] = {}
         self._again = SHORTEST
+        self._hear_due = 0.0
+        self._looking = False
         self._lock = anyio.Lock()
         self._warned: set[str] = set()
         self._continued = known is not None
@@ -115,7 +117,8 @@ class Mirror:
     @property
     def pause(self) -> float:
         """Seconds until the next `step` may find something, as far as both sides are looked at."""
-        return max(SHORTEST, min(self._again, self._look.wait(), LONGEST))
+        heard = self._hear_due - time.monotonic()
+        return max(SHORTEST, min(heard, self._look.wait(), LONGEST))
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -139,9 +142,9 @@ class Mirror:
             return False
         async with self._lock:
             await self._look_at_host()
-            if not await self._hear():
+            if time.monotonic() >= self._hear_due and not await self._hear():
                 return False
-            return await self._carry_out(self._plan(into_guest=True))
+            return self._listed and await self._carry_out(self._plan(into_guest=True))
 
     async def keep(self) -> None:
         """`step` for ever, as often as it makes sense."""
@@ -255,6 +258,7 @@ class Mirror:
                 raise AgentProtocol("the agent tells of more files than it was asked for")
             self._seen, self._over, self._again = news.version, news.over, news.again
             self._looking = news.looking
+            self._hear_due = time.monotonic() + news.again
             if news.left_out:
                 self._warn_once(f"{self.folder.name}: links, devices and files with odd names "
                                 "in the machine are left out")
