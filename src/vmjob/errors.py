@@ -355,6 +355,13 @@ class Postponed(JobError):
     standing_advice = "Continue it after the delay that it asked for."
 
 
+class FolderFull(JobError):
+    """What is in the folder already stays; what is too much does not come from the machine."""
+
+    code = "folder-full"
+    standing_advice = "Let the job write less there, or raise the folder's limits."
+
+
 class TimeLimit(JobError):
     code = "time-limit"
     standing_advice = "Raise --time-limit, or give the job less to do."

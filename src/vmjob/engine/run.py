@@ -103,7 +103,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                     from vmjob.engine.ports import open_ports
 
                     await open_ports(session, request.job, grid, remote=request.remote_ports)
-                sharing = _sharing(session, request.job, generation)
+                sharing = _sharing(session, request, grid, generation)
                 if generation is None:
                     life.enter(State.INPUTS)
                     await _put_inputs(session, request.job, grid)
@@ -181,13 +181,15 @@ async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
                                  functools.partial(grid.transferred, str(given.source)))
 
 
-def _sharing(session: Session, job: Job, generation: Generation | None) -> Sharing | None:
+def _sharing(session: Session, request: Request, grid: Grid,
+             generation: Generation | None) -> Sharing | None:
     """The job's folders; None where it has none: most jobs need nothing of that."""
-    if not job.folders:
+    if not request.job.folders:
         return None
     from vmjob.engine.sharing import Sharing
 
-    return Sharing(session, job, generation.progress.folders if generation else {})
+    return Sharing(session, request.job, grid, request.survival.slot if request.survival else None,
+                   generation.progress.folders if generation else {})
 
 
 async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, session: Session,

@@ -25,23 +25,26 @@ from vmjob.job.triggers import Postponement
 
 __all__ = ["Sharing"]
 
-#: Seconds between rounds. A change needs two looks to count as whole: it is on the other side in
-#: well under a second.
-PERIOD = 0.25
 #: Seconds for the checkpoint of a job that asks to be continued later.
 CHECKPOINT_DEADLINE = 60.0
 #: Where the slot remembers which trickles were sent.
 SENT = "trickles"
+#: Ending of the files in which it remembers what came from the machine.
+JOURNAL = "-folder.journal"
 
 
 class Sharing:
     """The folders of one job on one machine. ``known``: `Progress.folders`, when it goes on."""
 
-    def __init__(self, session: Session, job: Job, known: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(self, session: Session, job: Job, grid: Grid, slot: Slot | None,
+                 known: Mapping[str, dict[str, Any]]) -> None:
         self._job = job
         self._mirrors = {
-            folder.name: Mirror(folder, session.client, redact=_redact,
-                                known=known.get(folder.name))
+            folder.name: Mirror(
+                folder, session.client, redact=_redact, warn=grid.warning,
+                known=known.get(folder.name),
+                journal=slot.root / f"{folder.name}{JOURNAL}" if slot else None,
+                base=folder.base)
             for folder in job.folders}
 
     async def fill(self) -> None:
@@ -72,7 +75,7 @@ class Sharing:
                     await mirror.step()
                 if watch is not None:
                     await watch.look()
-                await anyio.sleep(PERIOD)
+                await anyio.sleep(min(mirror.pause for mirror in live))
         except (MachineError, GuestError):
             raise  # that breaks the job's own lanes as well, which tell it better
         except VmjobError as error:
@@ -89,8 +92,8 @@ class Sharing:
         for folder in self._job.folders:
             if folder.name == SHARED:
                 return TriggerWatch(
-                    folder.source, self._job.triggers, clock, grid, Sent(_sent(slot)), work.end,
-                    self._mirrors[SHARED].remove, _postponing(work, grid, control, slot))
+                    folder.source, self._job.triggers, clock, grid, Sent(_sent(slot)),
+                    self._mirrors[SHARED], work.end, _postponing(work, grid, control, slot))
         return None
 
 
@@ -125,4 +128,5 @@ def _sent(slot: Slot | None) -> Path | None:
 
 
 def _redact(content: bytes) -> bytes:
-    return redacted(content.decode("utf-8", "replace")).encode()
+    text: str = redacted(content.decode("utf-8", "replace"))
+    return text.encode()

@@ -9,7 +9,9 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
+from vmjob.engine.agreement import Pair
 from vmjob.engine.clock import RunClock
 from vmjob.engine.fraction import parse_fraction
 from vmjob.engine.work import Verdict
@@ -64,24 +66,34 @@ class Sent:
                 os.fsync(file.fileno())
 
 
+class Shared(Protocol):
+    """The part of `Mirror` that is needed here."""
+
+    def version(self, name: str) -> Pair | None:
+        """Which file both sides have under a name; None while they differ."""
+        ...
+
+    async def remove(self, name: str, version: Pair) -> bool:
+        """Take it away on both sides, if it is still this one."""
+        ...
+
+
 class TriggerWatch:
     """Looks for one job's trigger files below ``root``, again and again.
 
-    ``end`` ends the job; ``remove`` takes a file away on both sides, as it was seen; ``postpone``
-    makes the job wait.
+    ``end`` ends the job, ``postpone`` makes it wait.
     """
 
     def __init__(self, root: Path, triggers: Triggers, clock: RunClock, grid: Grid, sent: Sent,
-                 end: Callable[[Verdict | VmjobError], None],
-                 remove: Callable[[str], Awaitable[None]],
+                 shared: Shared, end: Callable[[Verdict | VmjobError], None],
                  postpone: Callable[[Postponement], Awaitable[None]]) -> None:
         self._root = root
+        self._shared = shared
         self._triggers = triggers
         self._clock = clock
         self._grid = grid
         self._sent = sent
         self._end = end
-        self._remove = remove
         self._postpone = postpone
         self._seen: dict[str, Seen | None] = {}
         self._uploaded: set[str] = set()
@@ -113,9 +125,10 @@ class TriggerWatch:
                 self._end(Verdict(said.process_exit_code, said.message, said.notice))
                 return
         if triggers.temporary_exit:
+            version = self._shared.version(triggers.temporary_exit)
             found = below.read(self._root, triggers.temporary_exit, MOST_BYTES)
-            if found is not None:
-                await self._remove(triggers.temporary_exit)
+            if found is not None and version is not None and await self._shared.remove(
+                    triggers.temporary_exit, version):
                 await self._postpone(parse_postponement(found[1]))
         if triggers.heartbeat:
             self._listen(triggers.heartbeat)
@@ -143,8 +156,9 @@ class TriggerWatch:
             self._grid.operations(*operations)
 
     async def _trickle(self, name: str) -> None:
+        version = self._shared.version(name)
         found = below.read(self._root, name, MOST_BYTES + 1)
-        if found is None:
+        if found is None or version is None:
             return
         seen, content = found
         if seen.size > MOST_BYTES:
@@ -157,4 +171,4 @@ class TriggerWatch:
                 if not await self._grid.trickle(name, text):
                     return  # later: one is still on its way
                 self._sent.add(key)
-        await self._remove(name)
+        await self._shared.remove(name, version)

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +27,7 @@ from vmjob.errors import (
     GuestRefused,
 )
 from vmjob.guest.agent import wire
+from vmjob.guest.folders import News, Stamp, parse_news, split_names
 from vmjob.guest.lane import DEADLINE, Lane, parse_object
 from vmjob.guest.transfer import Progress, Transfer
 
@@ -383,6 +384,46 @@ class AgentClient:
     async def delete(self, path: str) -> None:
         """Remove a file, a link or a whole directory."""
         await self._control.request("DELETE", f"/v1/files?path={_quoted(path)}")
+
+    # -- folders ---------------------------------------------------------------------------------
+
+    async def folder(self, path: str, seen: int, *, without: Iterable[str] = (),
+                     most: int = 10_000, begin: bool = False) -> News:
+        """What changed in a folder since version ``seen``; see `News`.
+
+        With ``begin``, it is looked through anew, and each file is taken for whole.
+        """
+        asked = {"path": path, "seen": seen, "without": sorted(without), "most": most,
+                 "begin": begin}
+        answer = await self._control.request("POST", "/v1/folder", asked)
+        return parse_news(answer.json(), seen)
+
+    async def folder_note(self, path: str, stamps: Mapping[str, Stamp], *,
+                          without: Iterable[str] = (), most: int = 10_000) -> None:
+        """These files were put: they are no news to us."""
+        for names in split_names(stamps.items()):
+            await self._control.request("POST", "/v1/folder/note", {
+                "path": path, "without": sorted(without), "most": most, "names": names})
+
+    async def folder_remove(self, path: str, stamps: Mapping[str, Stamp], *,
+                            without: Iterable[str] = (), most: int = 10_000) -> set[str]:
+        """Remove files and empty directories that are still these; the names of those that stay."""
+        kept: set[str] = set()
+        for names in split_names(stamps.items()):
+            answer = await self._control.request("POST", "/v1/folder/remove", {
+                "path": path, "without": sorted(without), "most": most, "names": names})
+            kept |= set(_convert(answer.json().get("kept"), list[str]))
+        return kept
+
+    async def put_parcel(self, records: Iterator[bytes | memoryview],
+                         destination: str) -> list[int]:
+        """See `Transfer.put_parcel`."""
+        return await self._transfer.put_parcel(records, destination)
+
+    async def get_parcel(self, source: str, names: list[tuple[str, int, int, int]], parent: int,
+                         staged: str, limit: int) -> set[int]:
+        """See `Transfer.get_parcel`."""
+        return await self._transfer.get_parcel(source, names, parent, staged, limit)
 
     # -- messages --------------------------------------------------------------------------------
 

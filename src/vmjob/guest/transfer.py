@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import anyio
@@ -36,7 +38,7 @@ from vmjob.errors import (
 from vmjob.guest.agent import wire
 from vmjob.guest.agent.channel import Channel, Closed, Interrupted, TimedOut
 from vmjob.guest.agent.tree import TreeError, TreeReceiver, send_tree
-from vmjob.guest.lane import refusal, resync_message
+from vmjob.guest.lane import parse_object, refusal, resync_message
 
 __all__ = ["Progress", "Transfer"]
 
@@ -48,6 +50,7 @@ MAX_ENTRIES = 1_000_000
 #: Data from the machine is handed to the disk in pieces of this size.
 STAGED_PREFIX = ".vmjob-"
 
+T = TypeVar("T")
 #: Called with the bytes transferred so far.
 Progress = Callable[[int], None]
 
@@ -100,7 +103,30 @@ class Transfer:
         """
         return await self._in_thread(lambda: self._get(source, destination, limit, progress))
 
-    async def _in_thread(self, work: Callable[[], int]) -> int:
+    async def put_parcel(self, records: Iterator[bytes | memoryview],
+                         destination: str) -> list[int]:
+        """Put files into a folder of the machine, see `vmjob.guest.folders`.
+
+        Returns the new inode of each entry in order, 0 for what was left as it was.
+        """
+        target = "/v1/parcel?path=" + quote(os.fsencode(destination), safe="/")
+        answer = await self._in_thread(lambda: self._send(target, records, "a folder")[1])
+        inodes = answer.get("inodes")
+        if not isinstance(inodes, list) or not all(type(each) is int for each in inodes):
+            raise AgentProtocol("an answer about files without their inodes")
+        return inodes
+
+    async def get_parcel(self, source: str, names: list[tuple[str, int, int, int]], parent: int,
+                         staged: str, limit: int) -> set[int]:
+        """Get files of a folder as ``parent``/``staged``/0, 1, 2...: see `send_parcel`.
+
+        Returns the numbers of those that were changed meanwhile, and must not be used. The rest
+        are there unless the machine lies; together they have at most ``limit`` bytes.
+        """
+        return await self._in_thread(
+            lambda: self._get_parcel(source, names, parent, staged, limit))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         async with self._lock:
             future = asyncio.get_running_loop().run_in_executor(None, self._guarded, work)
             try:
@@ -113,7 +139,7 @@ class Transfer:
                 os.read(self._cancel_reader, 1)
                 raise
 
-    def _guarded(self, work: Callable[[], int]) -> int:
+    def _guarded(self, work: Callable[[], T]) -> T:
         try:
             if self._dirty:
                 self._resynchronise()
@@ -138,10 +164,15 @@ class Transfer:
 
     def _put(self, source: Path, destination: str, progress: Progress | None) -> int:
         target = "/v1/tree?path=" + quote(os.fsencode(destination), safe="/")
+        records = send_tree(os.fsencode(source), wire.MAX_REQUEST_PIECE)
+        return self._send(target, records, str(source), progress)[0]
+
+    def _send(self, target: str, records: Iterator[bytes | memoryview], what: str,
+              progress: Progress | None = None) -> tuple[int, dict[str, Any]]:
+        """Put records; the bytes that were sent, and the machine's answer."""
         channel = self._channel
         channel.write(wire.request_head("PUT", target, {"transfer-encoding": "chunked"}))
         sent = 0
-        records = send_tree(os.fsencode(source), wire.MAX_REQUEST_PIECE)
         try:
             for record in records:
                 self._write_chunk(record)
@@ -150,13 +181,13 @@ class Transfer:
                     progress(sent)
         except TreeError as error:
             self._abort()
-            raise InputUnreadable(f"cannot read {source}: {error.message}") from error
+            raise InputUnreadable(f"cannot read {what}: {error.message}") from error
         channel.write(b"0\r\n\r\n")
         status, body = self._answer()
         if status != 200:
             raise refusal(status, body)
         self._dirty = False
-        return sent
+        return sent, parse_object(body)
 
     def _abort(self) -> None:
         """Tell the machine that no more comes, and take its refusal."""
@@ -191,6 +222,35 @@ class Transfer:
             self._dirty = False
             _publish(parent, name, destination)
         return receiver.bytes
+
+    def _get_parcel(self, source: str, names: list[tuple[str, int, int, int]], parent: int,
+                    staged: str, limit: int) -> set[int]:
+        target = "/v1/parcel?path=" + quote(os.fsencode(source), safe="/")
+        body = json.dumps({"names": names}).encode()
+        self._channel.write(
+            wire.request_head("POST", target, {"content-length": str(len(body))}) + body)
+        status, said = self._answer(chunked=True)
+        if status != 200:
+            self._dirty = False
+            raise refusal(status, said)
+        receiver = TreeReceiver(parent, staged, limit=limit, entries=len(names) + 1,
+                                take_link=lambda depth, target: False)
+        last = b""
+        try:
+            while (record := self._channel.chunk(wire.MAX_RESPONSE_PIECE)) is not None:
+                receiver.feed(record)
+                last = bytes(record) if bytes(record[:1]) == b"Z" else b""
+        except TreeError as error:
+            raise _output_error(source, error) from error
+        finally:
+            receiver.close()
+        if not receiver.done or not last:
+            raise AgentProtocol(f"the agent sent half of what it was asked for in {source!r}")
+        self._dirty = False
+        changed = parse_object(last[1:]).get("changed")
+        if not isinstance(changed, list):
+            raise AgentProtocol("files without a word on whether they changed")
+        return {each for each in changed if type(each) is int}
 
     def _write_chunk(self, record: bytes | memoryview) -> None:
         self._channel.write(b"".join((b"%x\r\n" % len(record), record, b"\r\n")))

@@ -45,7 +45,8 @@ class Folder:
     goes in before the first task, and what changed comes back after the last. ``writable``: changes
     come back at all.
 
-    ``links``: files of BOINC's that only name another (``<soft_link>``) stand for that one.
+    ``links``: files of BOINC's that only name another (``<soft_link>``) stand for that one; paths
+    in them start at ``base``, the folder itself by default.
     ``without``: names at its top that are not the job's business; a ``*`` stands for any
     characters. ``copies``: files of the host that are put there first, under their names, unless
     they are there; ``texts``: files that are written there first, with what they hold.
@@ -58,6 +59,7 @@ class Folder:
     live: bool = True
     writable: bool = True
     links: bool = False
+    base: Path | None = None
     without: tuple[str, ...] = ()
     copies: tuple[Path, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vmjob.engine.agreement import Pair
 from vmjob.engine.clock import RunClock
 from vmjob.engine.triggers import Sent, TriggerWatch
 from vmjob.engine.work import Verdict
@@ -58,12 +59,17 @@ class Bench:
         self.clock = StoppedClock()
         self.ends: list[Verdict | VmjobError] = []
         self.waits: list[Postponement] = []
+        self.agreed = True
         self.watch = TriggerWatch(root, Triggers(**triggers),  # type: ignore[arg-type]
-                                  self.clock, self.grid, Sent(sent), self.ends.append,
-                                  self._remove, self._postpone)
+                                  self.clock, self.grid, Sent(sent), self, self.ends.append,
+                                  self._postpone)
 
-    async def _remove(self, name: str) -> None:
+    def version(self, name: str) -> Pair | None:
+        return Pair(None, None) if (self.root / name).exists() and self.agreed else None
+
+    async def remove(self, name: str, version: Pair) -> bool:
         (self.root / name).unlink()
+        return True
 
     async def _postpone(self, said: Postponement) -> None:
         self.waits.append(said)
@@ -165,6 +171,19 @@ async def test_a_trickle_of_a_gigabyte_is_thrown_away_unread(tmp_path: Path) -> 
     (warning,) = bench.grid.heard
     assert f"longer than {MOST_BYTES} bytes" in str(warning)
     assert not (tmp_path / "t").exists()
+
+
+async def test_what_only_one_side_has_waits_until_both_have_it(tmp_path: Path) -> None:
+    """Else it could not be taken away, and would be acted on again."""
+    bench = Bench(tmp_path, trickles=("t",), temporary_exit="later")
+    bench.agreed = False
+    bench.put("t", "hello")
+    bench.put("later", "60")
+    await bench.watch.look()
+    assert (bench.grid.heard, bench.waits) == ([], [])
+    bench.agreed = True
+    await bench.watch.look()
+    assert (bench.grid.heard, len(bench.waits)) == ([("t", "hello")], 1)
 
 
 async def test_an_upload_is_asked_for_once(tmp_path: Path) -> None:

@@ -6,12 +6,17 @@ delays an answer on another lane, and plain blocking code serves it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from . import files, wire
 from .channel import Channel, Closed, Interrupted
+from .folders import STAGED
 from .lane import sync_nonce
+from .parcels import ParcelReceiver, send_parcel, unpack
 from .place import Place
 from .request import Refused, Request, refuse, reply
 from .tree import TreeError, TreeReceiver, send_tree
@@ -58,16 +63,33 @@ class DataServer:
             if method == "PUT" and request.name == "tree":
                 self._put(channel, request)
                 return
-            channel.exactly(wire.parse_length(request.fields, wire.MAX_REQUEST_PIECE) or 0)
-            if method != "GET" or request.name != "tree":
+            if method == "PUT" and request.name == "parcel":
+                self._put_parcel(channel, request)
+                return
+            request.body = bytes(channel.exactly(
+                wire.parse_length(request.fields, wire.MAX_REQUEST_PIECE) or 0))
+            if method == "GET" and request.name == "tree":
+                self._get(channel, request)
+            elif method == "POST" and request.name == "parcel":
+                self._get_parcel(channel, request)
+            else:
                 raise Refused(404, "unknown-request", "no such request on this lane")
-            self._get(channel, request)
         except Refused as refusal:
             channel.write(refuse(refusal))
 
     def _get(self, channel: Channel, request: Request) -> None:
         path = self.place.resolve(request.required("path"))
-        records = send_tree(path, wire.MAX_RESPONSE_PIECE)
+        self._send(channel, send_tree(path, wire.MAX_RESPONSE_PIECE))
+
+    def _get_parcel(self, channel: Channel, request: Request) -> None:
+        path = self.place.resolve(request.required("path"))
+        try:
+            self._send(channel, send_parcel(path, request.json()["names"],
+                                            wire.MAX_RESPONSE_PIECE))
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refused(400, "malformed", f"a request that cannot be read: {error}") from error
+
+    def _send(self, channel: Channel, records: Iterator[bytes | memoryview]) -> None:
         try:
             first = next(records)
         except TreeError as error:
@@ -87,21 +109,43 @@ class DataServer:
 
     def _put(self, channel: Channel, request: Request) -> None:
         """Take a tree; it appears under its name when it is whole."""
+        path = self.place.resolve(request.required("path")).rstrip("/")
+        name = os.path.basename(path)
+
+        def publish(parent: int, staged: str, receiver: TreeReceiver) -> dict[str, Any]:
+            _publish(parent, staged, name)
+            return {}
+
+        self._take(channel, request, os.path.dirname(path), publish,
+                   functools.partial(TreeReceiver, take_link=_any_link))
+
+    def _put_parcel(self, channel: Channel, request: Request) -> None:
+        """Take files of a folder; each appears under its name when all came."""
+
+        def publish(parent: int, staged: str, receiver: TreeReceiver) -> dict[str, Any]:
+            assert isinstance(receiver, ParcelReceiver)
+            return {"inodes": unpack(parent, staged, receiver.contents, self.place.owner())}
+
+        self._take(channel, request, self.place.resolve(request.required("path")), publish,
+                   ParcelReceiver)
+
+    def _take(self, channel: Channel, request: Request, directory: str,
+              publish: Callable[[int, str, TreeReceiver], dict[str, Any]],
+              make: Callable[..., TreeReceiver]) -> None:
+        """Take a tree under a name that nobody knows in ``directory``, and publish it."""
         if wire.parse_length(request.fields, 0) is not None:
             raise wire.ProtocolError("a tree that is not chunked")
-        path = self.place.resolve(request.required("path")).rstrip("/")
         problem: Refused | None = None
         receiver: TreeReceiver | None = None
         parent = -1
-        staged = f".vmjob-{os.urandom(16).hex()}"
+        staged = f"{STAGED}{os.urandom(16).hex()}"
+        told: dict[str, Any] = {}
         try:
             try:
-                files.make_directory(os.path.dirname(path), self.place.owner())
-                parent = os.open(os.path.dirname(path),
-                                 os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                receiver = TreeReceiver(parent, staged, limit=MAX_UPLOAD,
-                                        entries=MAX_UPLOAD_ENTRIES, owner=self.place.owner(),
-                                        take_link=_any_link)
+                files.make_directory(directory, self.place.owner())
+                parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                receiver = make(parent, staged, limit=MAX_UPLOAD, entries=MAX_UPLOAD_ENTRIES,
+                                owner=self.place.owner())
             except OSError as error:
                 problem = Refused.from_os(error)
             while (record := channel.chunk(wire.MAX_REQUEST_PIECE)) is not None:
@@ -113,18 +157,18 @@ class DataServer:
                                           error.reason, error.message)
             if problem is None and (receiver is None or not receiver.done):
                 problem = Refused(400, "malformed", "the tree is not whole")
-            if problem is None:
-                problem = _publish(parent, staged, os.path.basename(path))
+            if problem is None and receiver is not None:
+                told = publish(parent, staged, receiver)
         finally:
             if receiver:
                 receiver.close()
             if parent >= 0:
-                _discard(os.path.join(os.path.dirname(path), staged))
+                _discard(os.path.join(directory, staged))
                 os.close(parent)
         if problem:
             raise problem
         assert receiver is not None
-        channel.write(reply(200, {"bytes": receiver.bytes}))
+        channel.write(reply(200, {"bytes": receiver.bytes, **told}))
 
 
 def _hunt(channel: Channel) -> None:
@@ -146,12 +190,11 @@ def _any_link(depth: int, target: str) -> bool:
     return True
 
 
-def _publish(parent: int, staged: str, name: str) -> Refused | None:
+def _publish(parent: int, staged: str, name: str) -> None:
     try:
         os.rename(staged, name, src_dir_fd=parent, dst_dir_fd=parent)
     except OSError as error:
-        return Refused(409, "exists", error.strerror or str(error))
-    return None
+        raise Refused(409, "exists", error.strerror or str(error)) from error
 
 
 def _discard(path: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from . import files, identity, wire
+from .folders import Folders
 from .lane import Lane
 from .loop import READ, Loop
 from .messages import Messages
@@ -49,6 +50,7 @@ class Agent:
         self.loop = Loop()
         self.table = TaskTable(place, self.loop, self._tell)
         self.messages = Messages(place)
+        self.folders = Folders(self._later)
         self.generation = os.urandom(16).hex()
         self._facts = self._find_facts()
         #: From `_sleep` to `_introduce`: no copy must be used before it has its own identity.
@@ -97,7 +99,7 @@ class Agent:
             ("GET", "list"): self._list, ("POST", "mkdir"): self._mkdir,
             ("DELETE", "files"): self._delete, ("POST", "messages"): self._message,
             ("POST", "disk"): self._grow_disk, ("POST", "settle"): self._settle,
-            ("POST", "sleep"): self._sleep,
+            ("POST", "sleep"): self._sleep, ("POST", "folder"): self._folder,
         }
 
     def _hello(self, request: Request) -> dict[str, Any]:
@@ -150,6 +152,16 @@ class Agent:
     def _delete(self, request: Request) -> dict[str, Any]:
         files.delete(self.place.resolve(request.required("path")))
         return {}
+
+    def _later(self, key: object, seconds: float, call: Callable[[], None]) -> None:
+        self.loop.later(key, seconds, call)
+
+    def _folder(self, request: Request) -> dict[str, Any]:
+        """What changed in a folder, or (``folder/note``, ``folder/remove``) what the host did."""
+        asked = request.json()
+        handle = {(): self.folders.changes, ("note",): self.folders.note,
+                  ("remove",): self.folders.remove}[tuple(request.path[1:])]
+        return handle(self.place.resolve(str(asked["path"])).rstrip("/"), asked)
 
     def _message(self, request: Request) -> dict[str, Any]:
         self.messages.deliver(str(request.json()["text"]))

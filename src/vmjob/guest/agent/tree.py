@@ -53,12 +53,14 @@ def send_tree(path: str | bytes, piece: int) -> Iterator[bytes | memoryview]:
     A yielded view is valid until the next record is asked for. Raises `TreeError`
     (``not-found``, ``denied``, ``too-deep``, ``changed``, ``io``) at the place where it happens.
     """
-    sender = _Sender(piece)
+    sender = TreeSender(piece)
     yield from sender.entry(os.fsencode(path), b"", None, 0)
     yield b"Z" + json.dumps({"entries": sender.entries, "bytes": sender.bytes}).encode()
 
 
-class _Sender:
+class TreeSender:
+    """Makes records, each at most ``piece`` bytes, and counts what it sent."""
+
     def __init__(self, piece: int) -> None:
         self.entries = 0
         self.bytes = 0
@@ -67,6 +69,7 @@ class _Sender:
 
     def entry(self, path: bytes, name: bytes, at: int | None,
               depth: int) -> Iterator[bytes | memoryview]:
+        """One entry and what is below it: ``path`` from the descriptor ``at``, sent as ``name``."""
         if depth > MAX_DEPTH:
             raise TreeError("too-deep", f"more than {MAX_DEPTH} directories deep")
         try:
@@ -81,9 +84,9 @@ class _Sender:
                 yield from self._directory(path, at, head, depth)
             elif kind == stat.S_IFLNK:
                 target = os.fsdecode(os.readlink(path, dir_fd=at))
-                yield _record(b"E", {**head, "t": "l", "l": target})
+                yield record(b"E", {**head, "t": "l", "l": target})
             else:
-                yield _record(b"E", {**head, "t": "x", "k": _KINDS.get(kind, "unknown")})
+                yield record(b"E", {**head, "t": "x", "k": _KINDS.get(kind, "unknown")})
         except OSError as error:
             raise _from_os(error, name or path) from error
 
@@ -91,30 +94,34 @@ class _Sender:
               head: dict[str, Any]) -> Iterator[bytes | memoryview]:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=at)
         try:
-            # The size is taken once: a file that grows meanwhile is cut there, whole and finite.
-            size = os.fstat(fd).st_size
-            yield _record(b"E", {**head, "t": "f", "s": size})
-            view = memoryview(self._buffer)
-            room = len(view) - 9
-            for start, end in _extents(fd, size):
-                where = start
-                while where < end:
-                    got = os.preadv(fd, [view[9:9 + min(room, end - where)]], where)
-                    if not got:
-                        break
-                    OFFSET.pack_into(self._buffer, 1, where)
-                    yield view[:9 + got]
-                    where += got
-                    self.bytes += got
-            yield b"C"
+            yield from self.file(fd, head)
         finally:
             os.close(fd)
+
+    def file(self, fd: int, head: dict[str, Any]) -> Iterator[bytes | memoryview]:
+        """An open file."""
+        # The size is taken once: a file that grows meanwhile is cut there, whole and finite.
+        size = os.fstat(fd).st_size
+        yield record(b"E", {**head, "t": "f", "s": size})
+        view = memoryview(self._buffer)
+        room = len(view) - 9
+        for start, end in _extents(fd, size):
+            where = start
+            while where < end:
+                got = os.preadv(fd, [view[9:9 + min(room, end - where)]], where)
+                if not got:
+                    break
+                OFFSET.pack_into(self._buffer, 1, where)
+                yield view[:9 + got]
+                where += got
+                self.bytes += got
+        yield b"C"
 
     def _directory(self, path: bytes, at: int | None, head: dict[str, Any],
                    depth: int) -> Iterator[bytes | memoryview]:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
         try:
-            yield _record(b"E", {**head, "t": "d"})
+            yield record(b"E", {**head, "t": "d"})
             for name in sorted(map(os.fsencode, os.listdir(fd))):
                 yield from self.entry(name, name, fd, depth + 1)
             yield b"C"
@@ -126,7 +133,8 @@ _KINDS = {stat.S_IFIFO: "fifo", stat.S_IFCHR: "character device", stat.S_IFBLK: 
           stat.S_IFSOCK: "socket"}
 
 
-def _record(kind: bytes, content: dict[str, Any]) -> bytes:
+def record(kind: bytes, content: dict[str, Any]) -> bytes:
+    """A record of JSON."""
     return kind + json.dumps(content).encode()
 
 
