@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import pytest
@@ -161,3 +162,50 @@ async def test_what_is_no_port_is_refused(driver: Driver, spec: MachineSpec) -> 
         for host, guest in ((-1, 80), (65536, 80), (0, 0), (0, 65536)):
             with pytest.raises(UsageError):
                 await machine.forward(host, guest)
+
+
+async def test_a_screen_is_seen_on_loopback_with_a_password_of_this_process(
+        driver: Driver, spec: MachineSpec) -> None:
+    passwords = set()
+    for number in range(2):
+        again = replace(spec, directory=spec.directory / str(number), display=True)
+        again.directory.mkdir()
+        machine = await driver.create(again)
+        with pytest.raises(WrongState):
+            machine.console_address()
+        async with running(machine):
+            found = machine.console_address()
+            assert found == machine.console_address()
+            assert (found.host, len(found.password)) == ("127.0.0.1", 8)
+            passwords.add(found.password)
+            async with await anyio.connect_tcp(found.host, found.port) as viewer:
+                assert await viewer.receive(12) == b"RFB 003.008\n"
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", found.port), 10)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((found.host, found.port), 10)
+    assert len(passwords) == 2
+
+
+async def test_a_picture_of_the_screen_is_a_file_of_its_own(
+        driver: Driver, spec: MachineSpec, tmp_path: Path) -> None:
+    machine = await driver.create(replace(spec, display=True))
+    picture = tmp_path / "screen.png"
+    async with running(machine):
+        before = {path for path in tmp_path.rglob("*") if path.is_file()}
+        await machine.screenshot(picture)
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+        await machine.suspend()
+        await machine.screenshot(picture)
+        assert picture.read_bytes().endswith(b"IEND\xaeB`\x82")
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} == before | {picture}
+        await machine.resume()
+
+
+async def test_a_machine_without_a_display_shows_nothing(
+        driver: Driver, spec: MachineSpec, tmp_path: Path) -> None:
+    async with running(machine := await driver.create(spec)):
+        with pytest.raises(NotSupported):
+            machine.console_address()
+        with pytest.raises(NotSupported):
+            await machine.screenshot(tmp_path / "screen.png")

@@ -170,7 +170,8 @@ def _check_processor(generation: Generation, shape: MachineSpec) -> None:
 def _shape(spec: MachineSpec) -> dict[str, object]:
     """What a machine must be made with to continue from another's checkpoint."""
     return {"memory_mb": spec.memory_mb, "cpus": spec.cpus, "disk_gb": spec.disk_gb,
-            "network": spec.network, "accelerator": spec.accelerator, "cpu_model": spec.cpu_model}
+            "network": spec.network, "accelerator": spec.accelerator, "cpu_model": spec.cpu_model,
+            "display": spec.display}
 
 
 def _processor(spec: MachineSpec) -> str:

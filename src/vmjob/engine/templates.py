@@ -84,7 +84,7 @@ def key_of(driver: Driver, shape: MachineSpec) -> tuple[str, dict[str, Any]]:
     """The key of the template for machines of this shape, and what it is made of."""
     told = {"memory_mb": shape.memory_mb, "cpus": shape.cpus, "network": shape.network,
             "accelerator": shape.accelerator, "cpu_model": shape.cpu_model,
-            "disk_gb": min(shape.disk_gb, TEMPLATE_DISK_GB)}
+            "disk_gb": min(shape.disk_gb, TEMPLATE_DISK_GB), "display": shape.display}
     identity = {"format": FORMAT, "driver": driver.name, "shape": told,
                 "image": shape.boot.digest if shape.boot else None, **driver.identity(shape)}
     return hash_of(identity), identity

@@ -10,11 +10,14 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BASE_MODULES", "NET_MODULES", "Entry", "initrd", "module_depends", "module_name",
-           "module_order", "newc"]
+__all__ = ["BASE_MODULES", "MAILBOX_MODULES", "NET_MODULES", "Entry", "initrd", "module_depends",
+           "module_name", "module_order", "newc"]
 
 #: Without these there is no disk, no console port, no random seed, no root.
 BASE_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "squashfs", "overlay")
+
+#: Loaded with a size: the place of a job's mailbox (`vmjob.engine.mailbox`).
+MAILBOX_MODULES = ("brd",)
 
 #: Loaded only when the machine was granted a network.
 NET_MODULES = ("virtio_net",)
@@ -109,9 +112,10 @@ def initrd(busybox: bytes, init: bytes, modules: Mapping[str, bytes]) -> bytes:
     ``/dev.in`` is copied into the kernel's fresh ``/dev``, which lacks these.
     """
     base = module_order(BASE_MODULES, modules)
+    mailbox = module_order(MAILBOX_MODULES, modules, loaded=base)
     net = module_order(NET_MODULES, modules, loaded=base)
-    directories = ("bin", "dev", "dev.in", "dev.in/pts", "dev.in/shm", "lib", "lib/base", "lib/net",
-                   "newroot", "proc", "ro", "rw", "sys")
+    directories = ("bin", "dev", "dev.in", "dev.in/pts", "dev.in/shm", "lib", "lib/base",
+                   "lib/mailbox", "lib/net", "newroot", "proc", "ro", "rw", "sys")
     links = {"dev.in/fd": "/proc/self/fd", "dev.in/stdin": "/proc/self/fd/0",
              "dev.in/stdout": "/proc/self/fd/1", "dev.in/stderr": "/proc/self/fd/2"}
     return newc([
@@ -121,6 +125,6 @@ def initrd(busybox: bytes, init: bytes, modules: Mapping[str, bytes]) -> bytes:
         Entry("bin/busybox", stat.S_IFREG | 0o755, busybox),
         Entry("init", stat.S_IFREG | 0o755, init),
         *(Entry(f"lib/{group}/{turn:02d}-{name}.ko", stat.S_IFREG | 0o644, modules[name])
-          for group, names in (("base", base), ("net", net))
+          for group, names in (("base", base), ("mailbox", mailbox), ("net", net))
           for turn, name in enumerate(names)),
     ])

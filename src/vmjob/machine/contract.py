@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from vmjob.image.store import Image
 
-__all__ = ["BootParts", "Capabilities", "Checkpoint", "Driver", "Ended", "EndReason", "Machine",
-           "MachineSpec", "Priority", "Saved", "Status", "TEMPLATE_DISK_GB"]
+__all__ = ["BootParts", "Capabilities", "Checkpoint", "ConsoleAddress", "Driver", "Ended",
+           "EndReason", "Machine", "MachineSpec", "Priority", "Saved", "Status", "TEMPLATE_DISK_GB"]
 
 
 #: Largest disk of a template's machine, GiB. A copy that is to have a larger one is grown by its
@@ -73,6 +73,7 @@ class Capabilities:
     ``templates``: a machine can be frozen and others started as its copies.
     ``isolated``: the guest cannot reach the host but through its lanes; false for the fake,
     whose jobs are processes of this computer.
+    ``display``: a machine can have a screen.
     ``forwards``: ports of this computer can lead to a machine with a network.
     """
 
@@ -82,6 +83,7 @@ class Capabilities:
     console: bool
     templates: bool
     isolated: bool
+    display: bool = False
     forwards: bool = False
 
 
@@ -129,6 +131,19 @@ class Saved:
     state: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ConsoleAddress:
+    """Where a VNC viewer of this computer finds a machine's screen and keyboard.
+
+    ``password`` is new for each process of a machine and has 8 characters: VNC's own authentication
+    looks at no more, and encrypts nothing else. So ``host`` is always loopback.
+    """
+
+    host: str
+    port: int
+    password: str
+
+
 class Priority(enum.StrEnum):
     """How much of a busy computer a machine may take from others."""
 
@@ -145,7 +160,8 @@ class MachineSpec:
     machine's disk writes may take). ``network`` is ``none`` or ``nat``. ``accelerator`` is one
     that was proved to work; ``cpu_model`` is ``host`` (whatever is fastest with
     that accelerator), ``baseline`` (one fixed model, so that programs give the same answers
-    everywhere) or a model that the hypervisor knows.
+    everywhere) or a model that the hypervisor knows. ``display``: it has a screen and a keyboard;
+    the guest's kernel writes there, too, and the job may (``/dev/tty1``).
 
     ``template``: the directory of a frozen machine of which this one is a copy. ``freezable``: it
     is to become such a template itself (see `Machine.freeze`). ``saved``: it continues from there;
@@ -161,6 +177,7 @@ class MachineSpec:
     network: str = "none"
     accelerator: str = "tcg"
     cpu_model: str = "host"
+    display: bool = False
     template: Path | None = None
     freezable: bool = False
     saved: Saved | None = None
@@ -238,6 +255,21 @@ class Machine(Protocol):
 
     async def unforward(self, host_port: int) -> None:
         """Take back a port; connections that there are go on. One that leads nowhere is fine."""
+        ...
+
+    def console_address(self) -> ConsoleAddress:
+        """Where its screen can be seen while it runs.
+
+        Raises `WrongState` when it does not run, `NotSupported` for a machine without a display.
+        """
+        ...
+
+    async def screenshot(self, path: Path) -> None:
+        """Write what is on its screen now to ``path``, a PNG file, all or nothing.
+
+        Also while it stands still. At most 32 MiB, whatever the guest does. Raises `NotSupported`
+        for a machine without a display, `MachineError`, `HostDiskFull`.
+        """
         ...
 
     async def stop(self) -> None:

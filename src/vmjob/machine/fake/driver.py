@@ -29,6 +29,7 @@ from vmjob.host.guard import guarded
 from vmjob.machine.contract import (
     Capabilities,
     Checkpoint,
+    ConsoleAddress,
     Ended,
     EndReason,
     MachineSpec,
@@ -37,6 +38,7 @@ from vmjob.machine.contract import (
 )
 from vmjob.machine.fake.faults import Faults
 from vmjob.machine.fake.network import Relays, listen
+from vmjob.machine.fake.screen import Screen
 
 __all__ = ["FakeDriver", "FakeMachine"]
 
@@ -53,7 +55,7 @@ class FakeDriver:
     name = "fake"
     capabilities = Capabilities(suspend=True, checkpoint=False,
                                 networks=frozenset({"none", "nat"}), console=True, templates=True,
-                                isolated=False, forwards=True)
+                                isolated=False, display=True, forwards=True)
 
     def __init__(self, faults: Faults | None = None) -> None:
         self._faults = faults or Faults()
@@ -88,6 +90,7 @@ class FakeMachine:
         self._ended: asyncio.Task[Ended] | None = None
         self._asked_to_end = False
         self._relays = Relays()
+        self._screen = Screen(spec)
 
     async def start(self) -> Mapping[str, socket.socket]:
         if self._status is not Status.CREATED:
@@ -100,6 +103,7 @@ class FakeMachine:
             ours[name], theirs[name] = socket.socketpair()
         try:
             await self._spawn([sock.fileno() for sock in theirs.values()])
+            await self._screen.open()
         except OSError as error:
             for sock in ours.values():
                 sock.close()
@@ -143,6 +147,14 @@ class FakeMachine:
     async def unforward(self, host_port: int) -> None:
         self._require_running()
         await self._relays.remove(host_port)
+
+    def console_address(self) -> ConsoleAddress:
+        self._require_running()
+        return self._screen.address()
+
+    async def screenshot(self, path: Path) -> None:
+        self._require_running()
+        self._screen.picture(path)
 
     async def freeze(self) -> list[str]:
         if not self.spec.freezable:
@@ -258,6 +270,7 @@ class FakeMachine:
         assert self._keeper is not None
         code = await self._keeper.wait()
         await self._relays.close()
+        self._screen.close()
         if code < 0:
             # Somebody killed the keeper; its agent died with it, the jobs are ours to end.
             kill_strays(self.spec.directory / "run")

@@ -42,6 +42,7 @@ from vmjob.guest.agent.wire import LANES
 from vmjob.machine.contract import (
     Capabilities,
     Checkpoint,
+    ConsoleAddress,
     Ended,
     EndReason,
     MachineSpec,
@@ -51,6 +52,7 @@ from vmjob.machine.contract import (
 )
 from vmjob.machine.fake.guest import Guest, unpack_files
 from vmjob.machine.fake.network import listen
+from vmjob.machine.fake.screen import Screen
 
 __all__ = ["SimulatedDriver", "SimulatedFaults", "SimulatedMachine"]
 
@@ -103,7 +105,7 @@ class SimulatedDriver:
     name = "simulated"
     capabilities = Capabilities(suspend=True, checkpoint=True,
                                 networks=frozenset({"none", "nat"}), console=False,
-                                templates=False, isolated=False, forwards=True)
+                                templates=False, isolated=False, display=True, forwards=True)
 
     def __init__(self, faults: SimulatedFaults | None = None, *, tick: float = TICK,
                  steps: int = STEPS) -> None:
@@ -145,6 +147,7 @@ class SimulatedMachine:
         #: Held while a checkpoint is made: who makes it lets the guest go on.
         self._checkpointing = anyio.Lock()
         self._last: _State | None = None
+        self._screen = Screen(spec)
         #: Ports of this computer that are open for the machine: nothing in it answers.
         self.forwards: dict[int, socket.socket] = {}
 
@@ -168,6 +171,7 @@ class SimulatedMachine:
                             failed=self._failed, over=self._over)
         if known is not None:
             self._guest.restore(known)
+        await self._screen.open()
         self._status = Status.RUNNING
         return ours
 
@@ -228,6 +232,14 @@ class SimulatedMachine:
         self._running_guest()
         if listener := self.forwards.pop(host_port, None):
             listener.close()
+
+    def console_address(self) -> ConsoleAddress:
+        self._running_guest()
+        return self._screen.address()
+
+    async def screenshot(self, path: Path) -> None:
+        self._running_guest()
+        self._screen.picture(path)
 
     async def freeze(self) -> list[str]:
         raise NotSupported("the simulated driver makes no templates")
@@ -299,6 +311,7 @@ class SimulatedMachine:
             self._guest.close()
             for listener in self.forwards.values():
                 listener.close()
+            self._screen.close()
             self._status = Status.STOPPED
             self._ended.set_result(Ended(reason, detail))
 

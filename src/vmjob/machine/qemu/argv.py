@@ -34,9 +34,16 @@ KERNEL_ARGUMENTS = ("console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests", "
 TCG_KERNEL_ARGUMENTS = ("norandmaps", "mitigations=off", "tsc=reliable", "init_on_alloc=0",
                         "lsm=landlock,yama")
 
+#: The same with a display, where messages are to be seen; the last console is the kernel's own.
+DISPLAY_KERNEL_ARGUMENTS = ("console=tty0", *(word for word in KERNEL_ARGUMENTS if word != "quiet"),
+                            "vmjob.display")
+
 #: q35 without what no job needs. microvm boots 0.4 s faster, but 3 of 8 boots of Debian's kernel
 #: hung under TCG (docs/decisions/001-machine-type.md).
 MACHINE = "q35,usb=off,vmport=off,smbus=off,sata=off,graphics=off"
+#: A screen whose memory (MiB) is enough for 1920 x 1080, and no picture of it can be larger. Who
+#: may look is said when QEMU runs (`vmjob.machine.qemu.display`); until then nobody may.
+DISPLAY = ("-device", "VGA,vgamem_mb=8", "-vnc", "none,password=on")
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -89,6 +96,8 @@ def cpu_model(accelerator: str, wanted: str) -> str:
 def machine_type(spec: MachineSpec) -> str:
     """QEMU's machine; one that continues from a checkpoint is of the version that it had there."""
     name, comma, options = MACHINE.partition(",")
+    if spec.display:
+        options = options.removesuffix(",graphics=off")
     if spec.saved is not None:
         name = str(spec.saved.state["machine_type"])
         if not _MACHINE_TYPE.fullmatch(name):
@@ -100,7 +109,8 @@ def kernel_arguments(spec: MachineSpec) -> str:
     """The guest kernel's command line."""
     network = ("vmjob.net=nat",) if spec.network == "nat" else ()
     emulated = TCG_KERNEL_ARGUMENTS if spec.accelerator == "tcg" else ()
-    return " ".join((*KERNEL_ARGUMENTS, *emulated, *network))
+    common = DISPLAY_KERNEL_ARGUMENTS if spec.display else KERNEL_ARGUMENTS
+    return " ".join((*common, *emulated, *network))
 
 
 def layer(name: str, path: str, driver: str, *, read_only: bool,
@@ -204,6 +214,7 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
         "-object", "rng-random,id=rng0,filename=/dev/urandom",
         "-device", "virtio-rng-pci,rng=rng0",
         *_network(spec.network),
+        *(DISPLAY if spec.display else ()),
         *(["-incoming", "defer"] if spec.template or spec.saved else []),
     ]
 

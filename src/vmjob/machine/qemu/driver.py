@@ -42,6 +42,7 @@ from vmjob.machine.contract import (
     BootParts,
     Capabilities,
     Checkpoint,
+    ConsoleAddress,
     Ended,
     EndReason,
     MachineSpec,
@@ -50,6 +51,7 @@ from vmjob.machine.contract import (
 )
 from vmjob.machine.qemu import argv, frozen, programs
 from vmjob.machine.qemu.console import Console
+from vmjob.machine.qemu.display import Display
 from vmjob.machine.qemu.forwards import Forwards
 from vmjob.machine.qemu.monitor import Monitor
 
@@ -76,7 +78,7 @@ class QemuDriver:
     name = "qemu"
     capabilities = Capabilities(suspend=True, checkpoint=True,
                                 networks=frozenset({"none", "nat"}), console=True, templates=True,
-                                isolated=True, forwards=True)
+                                isolated=True, display=True, forwards=True)
 
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
@@ -134,6 +136,7 @@ class QemuMachine:
         self._checkpointing = anyio.Lock()
         self._merging: asyncio.Future[None] | None = None
         self._forwards: Forwards | None = None
+        self._display: Display | None = None
         self._saver: saving.Saver | None = None
 
     # -- the contract --------------------------------------------------------------------------
@@ -194,6 +197,8 @@ class QemuMachine:
             elif source:
                 await self._restore(source)
             await self.set_priority(self.spec.priority)
+            if self.spec.display:
+                self._display = await Display.opened(self._monitor, self.spec.directory)
         except Exception as error:
             for sock in lanes.values():
                 sock.close()
@@ -300,6 +305,12 @@ class QemuMachine:
         self._running_monitor()
         if self._forwards:
             await self._forwards.remove(host_port)
+
+    def console_address(self) -> ConsoleAddress:
+        return self._running_display().address
+
+    async def screenshot(self, path: Path) -> None:
+        await self._running_display().screenshot(path)
 
     async def freeze(self) -> list[str]:
         if not self.spec.freezable:
@@ -409,6 +420,12 @@ class QemuMachine:
         if self._monitor is None or self._status not in (Status.RUNNING, Status.SUSPENDED):
             raise WrongState(f"the machine is {self._status}, not running")
         return self._monitor
+
+    def _running_display(self) -> Display:
+        self._running_monitor()
+        if self._display is None:
+            raise NotSupported("the machine has no display")
+        return self._display
 
     def _kill(self) -> None:
         """End QEMU; not by asyncio's own way, which may reap it before the one who waits does."""

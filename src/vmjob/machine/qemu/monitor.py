@@ -23,6 +23,8 @@ DEADLINE = 30.0
 TRANSCRIPT = 500
 #: A migration's states in their order; others mean that it failed.
 PROGRESS = ("none", "setup", "active", "pre-switchover", "device", "completed")
+#: Commands whose arguments nobody is to read in a failure report.
+SECRET = ("set_password",)
 #: Seconds between looks at a state that is being written.
 MIGRATION_PERIOD = 0.01
 
@@ -148,7 +150,8 @@ class Monitor:
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command; raises `MachineError` when QEMU refuses it or is gone."""
-        self._note("command", {"execute": command, "arguments": arguments})
+        shown = {} if command in SECRET else arguments
+        self._note("command", {"execute": command, "arguments": shown})
         try:
             with anyio.fail_after(DEADLINE):
                 answer = await self._client.execute(command, arguments or None)
