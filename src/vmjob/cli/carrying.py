@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
@@ -16,7 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import click
 
 from vmjob.cli.main import print_json, report
+<<<<<<< HEAD
 from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, UsageError, VmjobError
+=======
+from vmjob.cli.signals import Signals, farewell
+from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, VmjobError
+>>>>>>> d7af2dbb3c131a01d8f1e8102d789fce2b3bd063
 from vmjob.job.model import Job
 from vmjob.machine.contract import Priority
 
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["How", "carry", "leave"]
 
 MIB = 1 << 20
-Work = Callable[[], Coroutine[None, None, None]]
 #: The job's input, in its slot.
 STDIN = "stdin"
 
@@ -84,7 +87,7 @@ async def carry(job: Job | None, how: How) -> int:
     from vmjob.home import Home
 
     control = Control()
-    signals = _Signals(control, how)
+    signals = Signals(control, how.slot, how.stop_deadline)
     events: Events | None = None
     try:
         with contextlib.ExitStack() as stack:
@@ -99,7 +102,7 @@ async def carry(job: Job | None, how: How) -> int:
             record = await _carry(Home(), job, how, slot, control, grid)
     except asyncio.CancelledError:
         if how.slot is not None and not how.quiet:
-            click.echo(f"vmjob: stopped; continue with: vmjob run --resume {how.slot}", err=True)
+            click.echo(farewell(how.slot), err=True)
         return 128 + (signals.caught[0] if signals.caught else signal.SIGINT)
     except OutputClosed:
         return 128 + signal.SIGPIPE
@@ -210,51 +213,6 @@ def _keep_input(given: str, target: Path) -> None:
     except OSError as error:
         kind = HostDiskFull if error.errno == 28 else InputMissing
         raise kind(f"cannot keep the job's input in its slot: {error.strerror}") from error
-
-
-class _Signals:
-    """What SIGINT, SIGTERM, SIGHUP and SIGTSTP do to the job that the current task carries."""
-
-    def __init__(self, control: Control, how: How) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.caught: list[int] = []
-        self._task = task
-        self._control = control
-        self._deadline = how.stop_deadline if how.slot is not None else 0.0
-        self._loop = asyncio.get_running_loop()
-        self._work: set[asyncio.Task[None]] = set()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._loop.add_signal_handler(number, self._end, number)
-        self._loop.add_signal_handler(signal.SIGTSTP, self._begin, self._suspend)
-
-    def _end(self, number: int) -> None:
-        first = not self.caught
-        self.caught.append(number)
-        if first and number == signal.SIGTERM and self._deadline:
-            self._begin(self._keep)
-        else:
-            self._task.cancel()
-
-    def _begin(self, work: Work) -> None:
-        task = self._loop.create_task(work())
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-
-    async def _keep(self) -> None:
-        try:
-            with contextlib.suppress(VmjobError):  # the checkpoints before it stay good
-                await self._control.checkpoint(self._deadline)
-        finally:
-            self._task.cancel()
-
-    async def _suspend(self) -> None:
-        """Stop as any program does at Ctrl-Z, the machine first."""
-        with contextlib.suppress(VmjobError):
-            await self._control.suspend()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        with contextlib.suppress(VmjobError):
-            await self._control.resume()
 
 
 def _plain(record: Record) -> dict[str, Any]:

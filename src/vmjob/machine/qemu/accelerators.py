@@ -23,6 +23,7 @@ from vmjob.errors import AcceleratorUnusable
 from vmjob.home import Home, locked
 from vmjob.host.facts import boot_id, device_identity
 from vmjob.host.guard import guarded
+from vmjob.host.standstill import run_tool
 from vmjob.machine.contract import BootParts
 from vmjob.machine.qemu import argv, programs
 
@@ -122,8 +123,7 @@ def _boot(binary: str, accelerator: str, boot: BootParts) -> Proof:
                            drop_capabilities=os.geteuid() == 0)
     began = time.monotonic()
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True,
-                              timeout=deadline, check=False)
+        done = run_tool(command, deadline)
         output, errors, code = done.stdout, done.stderr, done.returncode
         late = False
     except subprocess.TimeoutExpired as expired:

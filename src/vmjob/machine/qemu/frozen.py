@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmjob.errors import HostDiskFull, MachineStartFailed, TemplateUnusable
+from vmjob.host.standstill import run_tool
 from vmjob.machine.qemu import argv, programs
 from vmjob.machine.qemu.argv import MEMORY_FILE as MEMORY
 
@@ -69,8 +70,7 @@ def make_disk(path: Path, size_gb: int) -> None:
     """Make an empty overlay; raises `HostDiskFull`, `MachineStartFailed`."""
     command = argv.overlay_command(programs.find("qemu-img"), path, size_gb)
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace", timeout=TOOL_DEADLINE, check=False)
+        done = run_tool(command, TOOL_DEADLINE, text=True, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MachineStartFailed(f"cannot make the machine's disk: {error}") from error
     if done.returncode != 0:
@@ -94,5 +94,4 @@ def copy_blank(template: Path, overlay: Path) -> None:
 def dig_holes(memory: Path) -> None:
     """Give back the disk blocks of zero pages; without the tool the file is just larger."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(["fallocate", "--dig-holes", str(memory)], stdin=subprocess.DEVNULL,
-                       capture_output=True, timeout=TOOL_DEADLINE, check=False)
+        run_tool(["fallocate", "--dig-holes", str(memory)], TOOL_DEADLINE)

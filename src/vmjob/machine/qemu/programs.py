@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from vmjob.errors import ProgramMissing, QemuTooOld
+from vmjob.host.standstill import run_tool
 
 __all__ = ["OLDEST", "find", "identity", "parse_version", "system_binary", "version"]
 
@@ -53,8 +54,7 @@ def identity(binary: str) -> str:
 def version(binary: str) -> str:
     """Version of a QEMU program, as ``7.2.22``; raises `QemuTooOld`."""
     try:
-        text = subprocess.run([binary, "--version"], capture_output=True, text=True,
-                              timeout=DEADLINE, check=False).stdout
+        text = run_tool([binary, "--version"], DEADLINE, text=True).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ProgramMissing(f"{binary} does not run: {error}") from error
     numbers = parse_version(text)

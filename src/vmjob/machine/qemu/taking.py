@@ -27,6 +27,7 @@ import msgspec
 
 from vmjob.errors import CheckpointFailed, MachineError
 from vmjob.host.priority import lower_disk_priority
+from vmjob.host.standstill import happens
 from vmjob.machine.qemu.monitor import Monitor
 from vmjob.machine.qemu.pages import PageTable, PageWriter
 from vmjob.machine.qemu.stream import PAGE, Block, Reader, StreamError
@@ -243,12 +244,12 @@ class Taking:
         buffer = memoryview(bytearray(BUFFER))
         try:
             with sock:
-                self._first.wait(FINISH)
+                happens(self._first, FINISH)
                 while count := sock.recv_into(buffer):
                     self._reader.feed(buffer[:count])
                     if not self._late.is_set() and self._is_late():
                         self._loop.call_soon_threadsafe(self._late.set)
-                        if not self._go.wait(FINISH):
+                        if not happens(self._go, FINISH):
                             raise StreamError("nobody wants the rest of it")
             self._reader.finish()
         finally:
