@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from vmjob.cli.listing import listing
 from vmjob.cli.main import fail, print_json
 from vmjob.errors import JobFileInvalid, VmjobError
 from vmjob.job.languages import read_file
@@ -77,15 +78,15 @@ def show(file: Path, as_json: bool) -> None:
         fail(JobFileInvalid(f"{click.format_filename(file)}:{first.line}: {first.what}",
                             findings=list(map(_finding_as_dict, reading.findings))),
              as_json=as_json)
-    import msgspec
-
-    content: dict[str, Any] = msgspec.to_builtins(reading.job, enc_hook=str)
     if as_json:
-        print_json({"language": reading.language, "job": content,
+        import msgspec
+
+        print_json({"language": reading.language,
+                    "job": msgspec.to_builtins(reading.job, enc_hook=str),
                     "findings": list(map(_finding_as_dict, reading.findings))})
     else:
         click.echo(f"# {reading.language}: {click.format_filename(file)}")
-        click.echo("\n".join(listing(content, _defaults(reading.job))))
+        click.echo(listing(reading.job))
 
 
 def _checked(file: Path) -> Reading:
@@ -93,7 +94,7 @@ def _checked(file: Path) -> Reading:
     try:
         reading = read_file(file)
     except VmjobError as error:
-        finding = Finding(Level.ERROR, 0, error.code, error.message, error.advice)
+        finding = Finding(Level.ERROR, 0, error.code, error.message)
         return Reading("", (finding,), None)
     here = _memory_here(reading)
     return dataclasses.replace(reading, findings=reading.findings + here) if here else reading
@@ -125,39 +126,3 @@ def _as_dict(file: Path, reading: Reading) -> dict[str, Any]:
 
 def _finding_as_dict(finding: Finding) -> dict[str, Any]:
     return {**dataclasses.asdict(finding), "level": finding.level.value}
-
-
-# -- a listing for people --------------------------------------------------------------------
-
-
-def _defaults(record: Any) -> dict[str, Any]:
-    """The values of a record's fields that say nothing; they are left out of the listing."""
-    return {each.name: each.default for each in dataclasses.fields(record)
-            if each.name not in {"memory_mb", "cpus", "network", "image"}}
-
-
-def listing(content: dict[str, Any], defaults: dict[str, Any] | None = None,
-            title: str = "") -> list[str]:
-    """A job as lines that read like TOML: plain values, then a section for each record.
-
-    What has its default, or holds nothing, is left out.
-    """
-    import json
-
-    lines = [f"[{title}]"] if title else []
-    sections: list[str] = []
-    for key, value in content.items():
-        if value is None or value in ([], {}, "") or value is False:
-            continue
-        if defaults is not None and value == defaults.get(key, None):
-            continue
-        name = f"{title}.{key}" if title else key
-        if isinstance(value, dict):
-            inner = listing(value, title=name)
-            sections += ["", *inner] if len(inner) > 1 else []
-        elif isinstance(value, list) and isinstance(value[0], dict):
-            for each in value:
-                sections += ["", *listing(each, title=name)]
-        else:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-    return lines + sections

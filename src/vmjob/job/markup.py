@@ -31,8 +31,9 @@ CONTAINERS = frozenset({"task", "port_forward", "unzip_input", "zip_output", "un
                         "VMmanage_task"})
 
 _ANGLE = re.compile(r"[<>]")
-_ENTITY = re.compile(r"&(?:#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6})|([A-Za-z][A-Za-z0-9]{0,30}));")
-_NEXT_TAG = re.compile(r"\s*(?:<!--.*?-->\s*)*<\s*(/?)\s*([^\s<>/]+)", re.DOTALL)
+_ENTITY = re.compile(r"&(?:#([0-9]{1,7})|#[xX]([0-9a-fA-F]{1,6})|([A-Za-z][A-Za-z0-9]{0,30}));")
+# Atomic: comments can be told apart in one way only, or else there are 2^n.
+_NEXT_TAG = re.compile(r"\s*+(?><!--.*?-->\s*+)*+<\s*+(/?)\s*+([^\s<>/]+)", re.DOTALL)
 _FIVE = {"lt": "<", "gt": ">", "amp": "&", "quot": '"', "apos": "'"}
 #: How far to look for the tag that tells a forgotten slash from a forgotten end.
 _LOOK_AHEAD = 4096

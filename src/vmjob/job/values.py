@@ -15,8 +15,8 @@ from vmjob.job.reading import Finding, Level
 __all__ = ["boolean", "integer", "is_placeholder", "name", "number", "text"]
 
 # strtod and strtol with base 0, without infinities and NaN.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
-_INTEGER = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9]\d*)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_INTEGER = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9]\d*)", re.ASCII)
 #: ``{memory}``, ``${MEMORY}``, ``{{ memory }}``, ``%(memory)s``, ``@MEMORY@``: a template's, that
 #: nobody filled in.
 _PLACEHOLDER = re.compile(r"\$?\{\{?\s*\w+\s*\}?\}|%\(\w+\)[sd]|@\w+@", re.ASCII)
