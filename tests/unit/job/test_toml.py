@@ -138,6 +138,9 @@ def test_every_field_of_a_job_can_be_written() -> None:
 
 def test_one_command_needs_no_table() -> None:
     assert job('run = "true"') == Job(tasks=(Task(("true",)),))
+    own = job('[hardware]\ndisk = "x"')
+    assert own == Job(tasks=(), hardware=Hardware(disk=HERE / "x"))
+    assert job(dump(own, WHERE)) == own
     assert only('run = "true"\n[[task]]\nrun = "false"').code == "two-commands"
 
 
@@ -226,7 +229,7 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
 def test_what_is_odd_and_no_error_is_a_warning() -> None:
     for text, code in [("run = 'a | b'", "no-shell"),
                        ("run = 'a'\ninputs = ['x']", "input-missing"),
-                       ("run = 'a'\n[triggers]\ncompletion = 'x'", "no-shared-folder")]:
+                       ("run = 'a'\n[triggers]\ncompletion = 'x'", "needs-shared")]:
         finding = only(text)
         assert (finding.level, finding.code) == (Level.WARNING, code)
     found = read(b"run = 'a'", Surroundings(HERE, arguments=("--x",)))

@@ -141,7 +141,8 @@ FOLDER = Table("[[folder]]", Folder, (
         "in before the first task and what changed comes back after the last"),
     Key("writable", Kind.BOOLEAN, "changes come back at all"),
     Key("links", Kind.BOOLEAN, "files of BOINC's that only name another stand for that one"),
-    Key("without", Kind.TEXTS, "names at its top that are not the job's business"),
+    Key("without", Kind.TEXTS, "names at its top that are not the job's business; `*`: any "
+        "characters"),
     Key("copies", Kind.PATHS, "files of the host that are put there first, unless they are there"),
     Key("texts", Kind.NAMED, "files that are written there first, with what they hold"),
     Key("max_bytes", Kind.SIZE, "of all in it", least=1),

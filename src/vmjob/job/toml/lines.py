@@ -42,6 +42,13 @@ class _NotToml(Exception):
     """Something that no valid file has."""
 
 
+def _meaning(quoted: str) -> str:
+    try:
+        return str(tomllib.loads(f"name = {quoted}")["name"])
+    except tomllib.TOMLDecodeError:
+        raise _NotToml from None
+
+
 @dataclass
 class _Source:
     text: str
@@ -88,7 +95,7 @@ class _Source:
         while True:
             self.rest()
             if self.text[self.at:self.at + 1] in {'"', "'"}:
-                names.append(tomllib.loads(f"name = {self._take(_STRING)}")["name"])
+                names.append(_meaning(self._take(_STRING)))
             else:
                 names.append(self._take(_BARE) or self._stop())
             self.rest()

@@ -83,7 +83,9 @@ def _job(desk: Desk, content: dict[str, Any], where: Surroundings) -> Job | None
     elif run:
         given["tasks"] = (Task(run),)
     tasks = given.setdefault("tasks", ())
-    if not tasks and "run" not in content and "task" not in content:
+    hardware = given.get("hardware")
+    boots_itself = hardware is not None and (hardware.disk or hardware.iso)
+    if not tasks and not boots_itself and "run" not in content and "task" not in content:
         desk.say(Level.ERROR, (), "no-task", "there is no command to run",
                  'Write run = ["PROGRAM", "ARGUMENT"], or several [[task]].')
     elif tasks and all(task.daemon for task in tasks):
@@ -91,7 +93,7 @@ def _job(desk: Desk, content: dict[str, Any], where: Surroundings) -> Job | None
                  "all tasks are daemons: there is none whose end is the job's")
     folders = {folder.name for folder in given.get("folders", ())}
     if "triggers" in content and "shared" not in folders:
-        desk.say(Level.WARNING, ("triggers",), "no-shared-folder",
+        desk.say(Level.WARNING, ("triggers",), "needs-shared",
                  "triggers are files in the folder `shared`, and there is none of that name",
                  'Write a [[folder]] with name = "shared".')
     if desk.errors:

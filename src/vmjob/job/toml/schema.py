@@ -29,7 +29,7 @@ def _table(table: Table) -> dict[str, Any]:
     if required := [key.name for key in table.keys if key.required]:
         form["required"] = required
     if table is JOB:
-        form["oneOf"] = [{"required": ["run"]}, {"required": ["task"]}]
+        form["not"] = {"required": ["run", "task"]}
     return form
 
 
