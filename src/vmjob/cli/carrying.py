@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import click
 
 from vmjob.cli.main import print_json, report
-<<<<<<< HEAD
-from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, UsageError, VmjobError
-=======
 from vmjob.cli.signals import Signals, farewell
-from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, VmjobError
->>>>>>> d7af2dbb3c131a01d8f1e8102d789fce2b3bd063
+from vmjob.errors import HostDiskFull, InputMissing, SlotUnusable, UsageError, VmjobError
 from vmjob.job.model import Job
 from vmjob.machine.contract import Priority
 
