@@ -454,6 +454,12 @@ def test_what_does_nothing_by_itself_is_reported(body: str) -> None:
     assert found(read("<copy_cmdline_to_shared/>", shared=False))[-1][2] == "no-effect"
 
 
+def test_a_duration_decides_the_fraction_done() -> None:
+    body = "<fraction_done_filename>a</fraction_done_filename>"
+    assert job_of(body).triggers.fraction_done == "a"
+    assert job_of(body + "<job_duration>9</job_duration>").triggers.fraction_done is None
+
+
 def test_checkpoints_more_than_a_day_apart_are_worth_a_note() -> None:
     body = "<minimum_checkpoint_interval>1000000</minimum_checkpoint_interval>"
     assert found(read(body)) == [("note", 4, "rare-checkpoints")]
