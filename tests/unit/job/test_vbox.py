@@ -199,7 +199,7 @@ def test_a_shared_slot_keeps_the_clients_files_to_itself_but_not_boinc_app() -> 
                                   "graphics_status.xml", "vm_image_1.vdi", "vbox_job.xml")
                 if any(Path(name).match(pattern) for pattern in folder.without)}
     assert left_out == {"boinc_lockfile", "boinc_mmap_file", "stderr.txt", "boinc_ufr_out", "vmjob",
-                        "graphics_status.xml", "vm_image_1.vdi"}
+                        "graphics_status.xml", "vm_image_1.vdi", "vbox_job.xml"}
 
 
 def test_the_projects_folder_is_seen_and_its_scratch_is_written() -> None:
