@@ -13,9 +13,11 @@ import click
 from vmjob.cli import jobrun
 from vmjob.cli.listing import listing
 from vmjob.cli.main import fail, print_json
-from vmjob.errors import JobFileInvalid, VmjobError
+from vmjob.errors import JobFileInvalid, UsageError, VmjobError
 from vmjob.job.languages import read_file
-from vmjob.job.reading import Finding, Level, Reading
+from vmjob.job.markup import shown
+from vmjob.job.model import Job
+from vmjob.job.reading import Finding, Level, Reading, Surroundings
 
 __all__ = ["job"]
 
@@ -29,7 +31,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one
 
 @click.group()
 def job() -> None:
-    """Run, check and show job files: vbox_job.xml, job.xml of BOINC's wrappers, TOML."""
+    """Run, check, show and convert job files: vbox_job.xml, BOINC's job.xml, TOML."""
 
 
 job.add_command(jobrun.run)
@@ -71,6 +73,52 @@ def show(file: Path, as_json: bool) -> None:
 
     What is odd about the file goes to stderr. Exit code 125 when there is no job in it.
     """
+    reading, found = _job_of(file, as_json=as_json)
+    if as_json:
+        import msgspec
+
+        print_json({"language": reading.language,
+                    "job": msgspec.to_builtins(found, enc_hook=str),
+                    "findings": list(map(_finding_as_dict, reading.findings))})
+    else:
+        click.echo(f"# {reading.language}: {click.format_filename(file)}")
+        click.echo(listing(found))
+
+
+@job.command()
+@click.argument("file", type=file_argument)
+@click.option("--to", "language", type=click.Choice(["toml"]), required=True,
+              help="The language to write.")
+@click.option("-o", "--output", type=file_argument, metavar="OUT",
+              help="Write this file instead of stdout; one that is there is not replaced.")
+def convert(file: Path, language: str, output: Path | None) -> None:
+    """Write a job file of any kind in vmjob's own language.
+
+    It describes the job as vmjob understands it in this place. Paths are relative to where OUT
+    is, or to the current directory. What is odd about FILE goes to stderr.
+
+    \b
+    Example:
+      vmjob job convert job.xml --to toml -o job.toml
+    """
+    from vmjob.job.toml import dump
+
+    _, found = _job_of(file, as_json=False)
+    directory = (output.absolute().parent if output is not None else Path.cwd())
+    text = f"# from {shown(file.name)}\n{dump(found, Surroundings(directory))}"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        with output.open("x", encoding="utf-8") as target:
+            target.write(text)
+    except OSError as error:
+        raise UsageError(f"cannot write {str(output)!r}: {error.strerror}",
+                         advice="Give the name of a file that is not there yet.") from None
+
+
+def _job_of(file: Path, *, as_json: bool) -> tuple[Reading, Job]:
+    """Read a file for its job; where it has none, this ends the command."""
     try:
         reading = read_file(file)
     except VmjobError as error:
@@ -82,15 +130,7 @@ def show(file: Path, as_json: bool) -> None:
         fail(JobFileInvalid(f"{click.format_filename(file)}:{first.line}: {first.what}",
                             findings=list(map(_finding_as_dict, reading.findings))),
              as_json=as_json)
-    if as_json:
-        import msgspec
-
-        print_json({"language": reading.language,
-                    "job": msgspec.to_builtins(reading.job, enc_hook=str),
-                    "findings": list(map(_finding_as_dict, reading.findings))})
-    else:
-        click.echo(f"# {reading.language}: {click.format_filename(file)}")
-        click.echo(listing(reading.job))
+    return reading, reading.job
 
 
 def _checked(file: Path) -> Reading:

@@ -141,6 +141,7 @@ FOLDER = Table("[[folder]]", Folder, (
         "in before the first task and what changed comes back after the last"),
     Key("writable", Kind.BOOLEAN, "changes come back at all"),
     Key("links", Kind.BOOLEAN, "files of BOINC's that only name another stand for that one"),
+    Key("base", Kind.PATH, "where the paths in those begin; else in the folder itself"),
     Key("without", Kind.TEXTS, "names at its top that are not the job's business; `*`: any "
         "characters"),
     Key("copies", Kind.PATHS, "files of the host that are put there first, unless they are there"),

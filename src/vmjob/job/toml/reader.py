@@ -49,29 +49,31 @@ class _Unreadable(Exception):
     """The file is no TOML; holds the finding."""
 
 
-def _parse(data: bytes) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    def no(line: int, code: str, what: str, instead: str = "") -> _Unreadable:
-        return _Unreadable(Finding(Level.ERROR, line, code, what, instead))
+def _refused(line: int, code: str, what: str, instead: str = "") -> _Unreadable:
+    return _Unreadable(Finding(Level.ERROR, line, code, what, instead))
 
+
+def _parse(data: bytes) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     if len(data) > MOST_BYTES:
-        raise no(0, "too-large", f"{len(data)} bytes are more than a job file has")
+        raise _refused(0, "too-large", f"{len(data)} bytes are more than a job file has")
     for number, row in enumerate(data.splitlines(), 1):
         if row.count(b".") > MOST_DOTS:
-            raise no(number, "too-large", f"there are more than {MOST_DOTS} dots in this line")
+            raise _refused(number, "too-large",
+                           f"there are more than {MOST_DOTS} dots in this line")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")  # editors of Windows add both
         return tomllib.loads(text), lines_of(text)
     except UnicodeDecodeError as error:
-        raise no(data.count(b"\n", 0, error.start) + 1, "encoding", "this is not UTF-8",
+        raise _refused(data.count(b"\n", 0, error.start) + 1, "encoding", "this is not UTF-8",
                  "Save the file as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         what = str(error)
         place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", what)
         line = int(place[1]) if place and place[1] else text.rstrip().count("\n") + 1
-        raise no(line, "syntax", what[:place.start()] if place else what) from None
+        raise _refused(line, "syntax", what[:place.start()] if place else what) from None
     except (ValueError, RecursionError, OverflowError) as error:
         # A number of thousands of digits, or thousands of brackets.
-        raise no(0, "syntax", f"it cannot be read: {error}") from None
+        raise _refused(0, "syntax", f"it cannot be read: {error}") from None
 
 
 def _job(desk: Desk, content: dict[str, Any], where: Surroundings) -> Job | None:
