@@ -258,10 +258,11 @@ class AsyncMachine:
             session.client.forget(task)
             return end
 
-    async def feed(self, task: int, source: Callable[[], Awaitable[bytes]]) -> None:
-        """Write what ``source`` returns to a command's input until it returns ``b""``."""
+    async def feed(self, task: int, source: Callable[[], Awaitable[bytes]], *,
+                   again: bool = False) -> None:
+        """Write what ``source`` returns to a command's input until ``b""``; see `AgentClient`."""
         async with self._asking() as session:
-            await session.client.feed(task, source)
+            await session.client.feed(task, source, again=again)
 
     async def stop(self, task: int, *, number: int = signal.SIGTERM) -> None:
         """Send a signal (SIGTERM by default) to all processes of a command."""

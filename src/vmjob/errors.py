@@ -259,6 +259,14 @@ class KeeperLost(MachineError):
                        "on from its newest checkpoint, if it has one.")
 
 
+class MachineKept(MachineError):
+    """The machine went to the disk while a command ran, which goes on when the machine does."""
+
+    code = "machine-kept"
+    standing_advice = ("`vmjob machine resume NAME`, then `vmjob machine exec NAME --attach TASK` "
+                       "for the rest of its output.")
+
+
 class GuestPanic(MachineError):
     code = "guest-panic"
     standing_advice = "If the console speaks of memory, give the machine more; else report a bug."

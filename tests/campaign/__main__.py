@@ -1,4 +1,4 @@
-"""``script/campaign kills``, ``long``, ``power`` and ``throttle``."""
+"""``script/campaign kills``, ``long``, ``power``, ``steps`` and ``throttle``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 
 from tests.campaign import kills as killing
 from tests.campaign import power as cutting
+from tests.campaign import steps as stepping
 from tests.campaign import throttle as throttling
 from tests.campaign.long import survive
 from tests.conftest import lend
@@ -64,6 +65,46 @@ def kills(count: int, seed: int | None, jobs: int, minutes: float | None, as_jso
         _print(f"wrong answers {found['wrong_answers']}, leftovers {found['leftovers']}, anything "
                f"else wrong {len(found['wrong'])}; {found['seconds']:.0f} seconds, an undisturbed "
                f"job takes {found['undisturbed_seconds']:.1f}; seed {found['seed']}")
+        for each in found["wrong"]:
+            _print(f"WRONG: {each}")
+    sys.exit(1 if found["wrong"] else 0)
+
+
+@main.command()
+@click.option("--jobs", default=2, show_default=True, help="Jobs at a time.")
+@click.option("--only", default="", help="Only steps whose name has this in it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def steps(jobs: int, only: str, as_json: bool) -> None:
+    """Kill vmjob, QEMU and both at every step there is, one after the other."""
+    store = ImageStore(Home())
+    recipe = Recipe()
+    image = store.current(recipe) or store.build(recipe, lambda fraction, text: None)
+    place = Path(tempfile.mkdtemp(prefix="campaign-"))
+    try:
+        fields = []
+        for number in range(jobs):
+            below = place / f"{number}"
+            below.mkdir()
+            home = Home(below / "home")
+            lend(image, home)
+            fields.append(killing.Field(below, home))
+        kept = place / "0" / "golden"
+        stepping.golden(fields[0], kept)
+        known = stepping.numbered(fields[0], kept)
+        found = stepping.campaign(fields, kept, [each for each in known if only in each.kind])
+    finally:
+        remove_tree(place)
+    if as_json:
+        _print(json.dumps(found, indent=1))
+    else:
+        _print(f"{'no':>4} {'run':8} {'step':52} {'vmjob killed':16} {'QEMU killed':16} both")
+        for row in found["steps"]:
+            name = f"{row['step']} ({row['at']})" if row["at"] > 1 else row["step"]
+            _print(f"{row['number']:4} {row['part']:8} {name:52} {row['self']:16} "
+                   f"{row.get('qemu', '-'):16} {row.get('both', '-')}")
+        _print(f"{len(found['steps'])} steps, {found['strikes']} strikes, "
+               f"{found['not_reached']} not reached, wrong {len(found['wrong'])}; "
+               f"{found['seconds']:.0f} seconds")
         for each in found["wrong"]:
             _print(f"WRONG: {each}")
     sys.exit(1 if found["wrong"] else 0)

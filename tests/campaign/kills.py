@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +45,13 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Strike:
-    """Where and how a run is struck; ``kind`` and ``at`` as in `Plan`."""
+    """Where and how a run is struck; ``kind``, ``at`` and the rest as in `Plan`."""
 
     kind: str
     at: int
     mode: str
+    named: bool = False
+    ended_at: str | None = None
 
 
 @dataclass
@@ -117,6 +119,7 @@ class Field:
                     resume=(self.slot / "job.json").exists(), **more)
         if strike is not None:
             plan.kind, plan.at, plan.mode = strike.kind, strike.at, strike.mode
+            plan.named, plan.ended_at = strike.named, strike.ended_at
         env = {**os.environ, "VMJOB_HOME": str(self.home.root), "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
         began = time.monotonic()
         with (self.place / "said").open("w+b") as said:
@@ -147,9 +150,11 @@ class Field:
 
     # -- a case --------------------------------------------------------------------------------
 
-    def case(self, strikes: Iterator[Strike | None]) -> Case:
+    def case(self, strikes: Iterator[Strike | None],
+             prepare: Callable[[], None] = lambda: None) -> Case:
         """Run a job to its end with these strikes, the rest of its runs undisturbed."""
         self.clear()
+        prepare()
         case = Case()
         undisturbed = 0
         while undisturbed < ATTEMPTS:
@@ -172,6 +177,8 @@ class Field:
         mode = strike.mode if strike and outcome.reached else ""
         allowed = {"self": {-signal.SIGKILL}, "both": {-signal.SIGKILL}, "qemu": {0, 125},
                    "SIGTERM": {0, 143}}.get(mode, {0})
+        if strike and strike.ended_at and mode in ("", "qemu"):
+            allowed = {*allowed, 143}
         if outcome.hung or outcome.code not in allowed:
             yield f"{strike}: code {outcome.code}, hung {outcome.hung}: {outcome.stderr[-500:]}"
         if mode == "qemu" and outcome.code == 125 and "[machine-died]" not in outcome.stderr:

@@ -26,6 +26,7 @@ from vmjob.cli.carrying import How, carry
 from vmjob.engine.generations import Generations
 from vmjob.engine.life import Life
 from vmjob.guest.lane import Lane
+from vmjob.host import durable
 from vmjob.job.files import Input, Output
 from vmjob.job.model import Job, Task
 from vmjob.machine.contract import Priority
@@ -42,12 +43,21 @@ EVENTS = {"open": "open", "os.rename": "rename", "os.remove": "unlink", "os.rmdi
           "os.mkdir": "mkdir", "os.link": "link", "os.truncate": "truncate"}
 
 
+#: The same for steps that are known by their files' names; whole trees are removed as one.
+NAMED = {"open": "open", "os.rename": "rename", "os.remove": "unlink", "os.link": "link",
+         "os.truncate": "truncate", "os.mkdir": "mkdir", "shutil.rmtree": "rmtree"}
+#: Those that are known by what they lead to.
+TARGETS = {"os.rename", "os.link"}
+
+
 class Plan(msgspec.Struct):
     """What to run, and where to die.
 
     ``below``: files outside these directories are nobody's business. ``kind`` and ``at``: the step
     (None: no step); ``mode``: ``self``, ``qemu`` or ``both`` are killed, or the name of a signal
-    that the process gets. ``log``: where it tells what it does, one JSON object a line.
+    that the process gets. ``log``: where it tells what it does, one JSON object a line. ``named``:
+    steps are known by the names of their files as well, and told one by one. ``ended_at``: the kind
+    of step before which SIGTERM comes; from then on steps are of kinds that begin with ``stop``.
     """
 
     slot: str
@@ -62,6 +72,8 @@ class Plan(msgspec.Struct):
     at: int = 0
     mode: str = "self"
     time_limit: float | None = None
+    named: bool = False
+    ended_at: str | None = None
 
 
 class Steps:
@@ -70,22 +82,37 @@ class Steps:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._phase = "image"
+        #: How many states the job has been in.
+        self._visit = 0
+        self._ending = False
         self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._turn = threading.RLock()
         self.counts: Counter[str] = Counter()
+
+    @property
+    def named(self) -> bool:
+        return self._plan.named
 
     def tell(self, **facts: Any) -> None:
         os.write(self._log, json.dumps(facts).encode() + b"\n")
 
     def phase(self, name: str) -> None:
         self._phase = name
+        self._visit += 1
         self.tell(phase=name)
 
     def step(self, what: str) -> None:
         """Something is about to be done."""
         with self._turn:
             kind = f"{self._phase} {what}"
+            if kind == self._plan.ended_at and not self._ending:
+                self._ending = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self._ending:
+                kind = f"stop {kind}"
             self.counts[kind] += 1
+            if self._plan.named:
+                self.tell(step=kind, visit=self._visit)
             if kind == self._plan.kind and self.counts[kind] == self._plan.at:
                 self._die(kind)
 
@@ -105,8 +132,12 @@ class Steps:
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "subprocess.Popen":
             self.step(f"spawn {Path(os.fsdecode(arguments[0])).name}")
-        elif (event in EVENTS and (event != "open" or arguments[2] & WRITING)
-              and self._ours(arguments[0])):
+        elif self._plan.named and event in NAMED:
+            if (event != "open" or arguments[2] & WRITING) and self._ours(arguments[0]) \
+                    and _does_something(event, arguments[0]):
+                self.step(f"{NAMED[event]} {named(arguments[1 if event in TARGETS else 0])}")
+        elif (not self._plan.named and event in EVENTS
+              and (event != "open" or arguments[2] & WRITING) and self._ours(arguments[0])):
             self.step(EVENTS[event])
 
     def _ours(self, path: object) -> bool:
@@ -116,18 +147,41 @@ class Steps:
         return any(text.startswith(each) for each in self._plan.below) and text != self._plan.log
 
 
+def _does_something(event: str, path: Any) -> bool:
+    """Not what is made when it is there, or removed when it is not."""
+    there = os.path.lexists(path)
+    return there is not (event == "os.mkdir") or event not in (
+        "os.mkdir", "os.remove", "shutil.rmtree")
+
+
+def named(path: Any) -> str:
+    """A file's name without what differs from run to run."""
+    return re.sub(r"[0-9a-f]*\d[0-9a-f-]*", "N", Path(os.fsdecode(path)).name)
+
+
 def watch(steps: Steps) -> None:
     """Make everything that is done to the world a step."""
     sys.addaudithook(steps.audit)
+    sync = durable.sync
     fsync, enter, saved, publish = os.fsync, Life.enter, Generations.saved, Generations.publish
     execute, request = Monitor.execute, Lane.request
 
     def synced(fd: int) -> None:
-        steps.step("fsync")
+        if not steps.named:
+            steps.step("fsync")
+        elif sys._getframe(1).f_code.co_filename != durable.__file__:
+            steps.step("sync streams")
         fsync(fd)
+
+    def synced_by_name(path: Path) -> None:
+        if steps.named:
+            steps.step(f"sync {named(path)}")
+        sync(path)
 
     def entered(self: Life, state: Any) -> None:
         if state is not self.state:
+            if steps.named:
+                steps.step(f"becomes {state}")
             steps.phase(str(state))
         enter(self, state)
 
@@ -150,6 +204,7 @@ def watch(steps: Steps) -> None:
         return await request(self, method, target, *more, **options)
 
     os.fsync = synced  # type: ignore[assignment]
+    durable.sync = synced_by_name
     Life.enter = entered  # type: ignore[method-assign]
     Generations.saved = continued  # type: ignore[method-assign]
     Generations.publish = published  # type: ignore[method-assign,assignment]

@@ -6,28 +6,23 @@ import asyncio
 import contextlib
 import functools
 import os
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from vmjob.cli.carrying import leave
+from vmjob.cli.executing import attached, counts_of, executed
 from vmjob.cli.main import fail, print_json
 from vmjob.cli.run import environment_of
-from vmjob.errors import KeeperLost, UsageError, VmjobError
+from vmjob.errors import UsageError, VmjobError
 from vmjob.home import Home
 from vmjob.job.model import Network
 from vmjob.keeper import client, slots
 from vmjob.keeper.log import clean, parse
-from vmjob.keeper.wire import packed, unpacked
 from vmjob.machine.contract import Priority
-
-if TYPE_CHECKING:
-    from vmjob.grid.terminal import Terminal
-    from vmjob.keeper.client import Talk
 
 __all__ = ["machine"]
 
@@ -271,18 +266,25 @@ def list_(as_json: bool) -> None:
               help="Set an environment variable of the command.")
 @click.option("--stdin", "stdin", default="auto", metavar="auto|none|FILE",
               help="auto: this command's input unless it is a terminal.")
+@click.option("--attach", type=click.IntRange(min=1), metavar="TASK",
+              help="Go on with a command that the machine had when it was kept on the disk.")
+@click.option("--after", default="0,0", show_default=True, metavar="OUT,ERR",
+              help="With --attach: bytes of stdout and of stderr that were printed already.")
 @click.option("--detach", "-d", is_flag=True,
               help="Return at once; the command goes on, what it prints goes nowhere.")
 @click.option("--json", "as_json", is_flag=True,
               help="Print one record at the end (the command's output goes to stderr).")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[OPTION]... -- CMD [ARG]...")
 def exec_(name: str, user: str | None, cwd: str | None, environment: tuple[str, ...], stdin: str,
-          detach: bool, as_json: bool, command: tuple[str, ...]) -> None:
+          attach: int | None, after: str, detach: bool, as_json: bool,
+          command: tuple[str, ...]) -> None:
     """Run a command in a machine, and leave with its exit code.
 
     Its stdout and stderr come through as they are written. Exit codes are those of `vmjob run`.
     Ctrl-C interrupts the command; a second one kills it. When it ends, what it left running in the
     background is ended as well: use --detach for what is to go on, and let it write to a file.
+    While the machine is suspended the command stands still. When it is suspended to the disk, this
+    ends with [machine-kept] and says how to get the rest, once the machine is resumed.
 
     \b
     Examples:
@@ -291,6 +293,10 @@ def exec_(name: str, user: str | None, cwd: str | None, environment: tuple[str, 
       vmjob machine exec lab --detach -- sh -c 'long-program > out 2>&1'
     """
     try:
+        if attach is not None:
+            if command or detach:
+                raise UsageError("--attach goes on with a command: no CMD, no --detach")
+            leave(asyncio.run(attached(Home(), name, attach, counts_of(after), as_json)))
         if not command:
             raise UsageError("there is no command to run")
         asked = {"argv": list(command), "user": user, "cwd": cwd,
@@ -299,7 +305,7 @@ def exec_(name: str, user: str | None, cwd: str | None, environment: tuple[str, 
             asyncio.run(client.ask(Home(), name, "exec", asked))
             _say(as_json, "", {"name": name, "detached": True})
             return
-        leave(asyncio.run(_exec(Home(), name, asked, stdin, as_json)))
+        leave(asyncio.run(executed(Home(), name, asked, stdin, as_json)))
     except VmjobError as error:
         fail(error, as_json=as_json)
 
@@ -414,75 +420,6 @@ def logs(name: str, as_json: bool) -> None:
 
 
 # -- inside ------------------------------------------------------------------------------------
-
-
-async def _exec(home: Home, name: str, asked: dict[str, Any], stdin: str, as_json: bool) -> int:
-    """A command's streams through, signals in, its exit code out."""
-    from vmjob.grid.terminal import OutputClosed, Terminal
-
-    caught: list[int] = []
-    try:
-        with Terminal(stdin, output=2 if as_json else 1, quiet=True) as terminal:
-            async with client.talk(home, name) as talk, _passing_signals(talk, caught):
-                await talk.request("exec", {**asked, "stdin": terminal.has_input})
-                done = await _follow(talk, terminal)
-    except OutputClosed:
-        return 128 + signal.SIGPIPE
-    except asyncio.CancelledError:
-        return 128 + (caught[-1] if caught else signal.SIGINT)
-    if as_json:
-        print_json({"name": name, **done})
-    return int(done["exit_code"])
-
-
-async def _follow(talk: Talk, terminal: Terminal) -> dict[str, Any]:
-    """How a command ended; meanwhile its output goes to the terminal, whose input goes to it."""
-    feeding: set[asyncio.Task[None]] = set()
-
-    async def feed() -> None:
-        with contextlib.suppress(KeeperLost):  # who hears the command's output is told
-            await talk.say({"stdin": packed(await terminal.input())})
-
-    try:
-        while "done" not in (said := await talk.hear()):
-            if "want" in said:
-                feeding.add(asyncio.create_task(feed()))
-            elif said.get("out") in ("stdout", "stderr"):
-                await terminal.output(said["out"], unpacked(said["data"]))
-            feeding = {each for each in feeding if not each.done()}
-    finally:
-        for each in feeding:
-            each.cancel()
-    done: dict[str, Any] = said["done"]
-    return done
-
-
-@contextlib.asynccontextmanager
-async def _passing_signals(talk: Talk, caught: list[int]) -> AsyncIterator[None]:
-    """Signals that are ours go to the command; the second one ends us, and so the command."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
-    saying: set[asyncio.Task[None]] = set()
-
-    async def pass_on(number: int) -> None:
-        with contextlib.suppress(KeeperLost):
-            await talk.say({"signal": number})
-
-    def hear(number: int) -> None:
-        caught.append(number)
-        if len(caught) > 1:
-            task.cancel()
-        else:
-            saying.add(asyncio.create_task(pass_on(number)))
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for each in numbers:
-        loop.add_signal_handler(each, hear, each)
-    try:
-        yield
-    finally:
-        for each in numbers:
-            loop.remove_signal_handler(each)
 
 
 def _started(name: str, work: Coroutine[Any, Any, list[str]], as_json: bool) -> None:

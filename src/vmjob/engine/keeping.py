@@ -138,10 +138,11 @@ def _copied(generations: Generations, spec: MachineSpec) -> int:
     """
     if spec.saved is not None or spec.boot is None or generations.listed():
         return 0
-    files = [spec.boot.root, spec.boot.scratch]
-    if spec.template is not None:
-        files += (path for path in spec.template.iterdir() if path.is_file())
-    sizes = [path.stat().st_size for path in files if not _linkable(path, generations.directory)]
+    image = [spec.boot.root, spec.boot.scratch]
+    template = [path for path in spec.template.iterdir() if path.is_file()] if spec.template else []
+    # The files of either lie in one directory and are of one owner: one tells of all.
+    sizes = [path.stat().st_size for files in (image, template)
+             if files and not _linkable(files[0], generations.directory) for path in files]
     return max(0, sum(sizes) - generations.disk_bytes())
 
 

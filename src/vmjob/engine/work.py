@@ -265,7 +265,8 @@ class Work:
     def _heard(self, text: str) -> None:
         """A message of the job; the words of `vmjob_job` are understood, others passed on."""
         word, _, value = text.partition(" ")
-        if word == "fraction_done" and (fraction := parse_fraction(value.encode())) is not None:
+        fraction = parse_fraction(value.encode()) if word == "fraction_done" else None
+        if fraction is not None and float(value) <= 1:
             self._fraction(fraction)
         elif word == "ops_cumulative" and (operations := parse_credit(
                 value.replace(" ", "\n", 1).encode())) is not None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ import msgspec
 from vmjob.api import AsyncMachine
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Slot
-from vmjob.errors import CheckpointFailed, UsageError, VmjobError, WrongState
+from vmjob.errors import CheckpointFailed, MachineKept, UsageError, VmjobError, WrongState
 from vmjob.guest.client import Stream, TaskEnd
 from vmjob.home import Home
 from vmjob.keeper import wire
@@ -36,7 +37,7 @@ __all__ = ["Keeper", "keep", "serve"]
 
 #: Seconds in which a client must say what it wants.
 REQUEST_DEADLINE = 10.0
-#: Seconds for requests that are under way when the machine ends.
+#: Seconds for requests that are under way when the machine ends, and for what is given up to end.
 END_DEADLINE = 5.0
 #: Clients that may wait to be heard.
 BACKLOG = 16
@@ -132,6 +133,11 @@ class Keeper:
         self._machine: AsyncMachine | None = None
         # Suspending, resuming and checkpoints: one at a time.
         self._turn = asyncio.Lock()
+        #: The machine was kept for later, and stands still: commands go on when it does.
+        self._kept_for_later = False
+        #: Checkpoints that are being made: one that is being written can only be waited for.
+        self._making = 0
+        self._attached: set[int] = set()
         self._peers: set[asyncio.Task[None]] = set()
         self._detached: set[asyncio.Task[None]] = set()
 
@@ -175,6 +181,11 @@ class Keeper:
             pass
         finally:
             peer.close()
+
+    @property
+    def writes(self) -> bool:
+        """Whether a checkpoint is being made that does not end, whoever gives it up."""
+        return self._making > 0
 
     async def finish(self) -> None:
         """End what clients wait for."""
@@ -225,7 +236,14 @@ class Keeper:
     async def _suspend(self, peer: Peer, asked: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             if asked.get("to_disk"):
-                kept = await self._kept(peer)
+                machine = self._up
+                ran = await machine.status() is Status.RUNNING
+                try:
+                    kept = await self._kept_last(peer)
+                except (VmjobError, Gone):
+                    if ran:
+                        await machine.resume()
+                    raise
                 self._last = True
                 return kept
             await self._up.suspend()
@@ -248,8 +266,7 @@ class Keeper:
             if asked.get("checkpoint"):
                 deadline = float(asked.get("deadline", 60.0))
                 try:
-                    async with asyncio.timeout(deadline), self._turn:
-                        answer["checkpoint"] = await self._kept(None)
+                    answer["checkpoint"] = await _within(deadline, self._kept_in_turn())
                 except TimeoutError:
                     answer["error"] = CheckpointFailed(
                         f"no checkpoint could be made within {deadline:g} seconds").as_dict()
@@ -264,10 +281,25 @@ class Keeper:
             await self._up.set_priority(_text(asked, "priority"))
             return {}
 
+    async def _kept_in_turn(self) -> dict[str, Any]:
+        async with self._turn:
+            return await self._kept_last(None)
+
+    async def _kept_last(self, peer: Peer | None) -> dict[str, Any]:
+        """A checkpoint after which nothing runs: what commands wrote then would come twice."""
+        await self._up.suspend()
+        kept = await self._kept(peer)
+        self._kept_for_later = True
+        return kept
+
     async def _kept(self, peer: Peer | None) -> dict[str, Any]:
         """Make a checkpoint; with ``peer``, only while that one waits for it."""
         work = self._up.checkpoint()
-        kept = await (peer.unless_gone(work) if peer else work)
+        self._making += 1
+        try:
+            kept = await (peer.unless_gone(work) if peer else work)
+        finally:
+            self._making -= 1
         self.log.write("keeper", f"checkpoint {kept.number}: the machine stood still for "
                                  f"{kept.still_seconds:.3f} s, {kept.written_bytes} bytes written")
         return {"number": kept.number, "still_seconds": kept.still_seconds,
@@ -282,7 +314,24 @@ class Keeper:
             return await self._detach(machine, command)
         task = await machine.start(command.argv, stdin=command.stdin, env=command.env,
                                    cwd=command.cwd, user=command.user)
+        feed = functools.partial(machine.feed, task, peer.input) if command.stdin else None
+        return await self._follow(peer, machine, task, feed, {})
 
+    async def _attach(self, peer: Peer, asked: dict[str, Any]) -> dict[str, Any]:
+        """Go on with a command that a checkpoint had; of its input there is no more."""
+        which = msgspec.convert(asked, wire.Attach)
+        machine = await self._running()
+        if which.task in self._attached:
+            raise WrongState(f"somebody follows command {which.task} already")
+        return await self._follow(peer, machine, which.task,
+                                  functools.partial(machine.feed, which.task, _no_input,
+                                                    again=True),
+                                  {"stdout": which.stdout, "stderr": which.stderr})
+
+    async def _follow(self, peer: Peer, machine: AsyncMachine, task: int,
+                      feed: Callable[[], Coroutine[Any, Any, None]] | None,
+                      offsets: Mapping[Stream, int]) -> dict[str, Any]:
+        """Pass on a command's streams and signals until it ends, and then how."""
         async def sink(stream: Stream, data: bytes) -> None:
             for line in wire.pieces(stream, data):
                 await peer.say(line)
@@ -291,18 +340,28 @@ class Keeper:
             while True:
                 await machine.stop(task, number=await peer.signals.get())
 
+        self._attached.add(task)
         try:
+            await peer.say(wire.encode({"task": task}))
             async with contextlib.AsyncExitStack() as stack:
                 await stack.enter_async_context(beside(pass_signals()))
-                if command.stdin:
-                    await stack.enter_async_context(beside(_fed(machine, task, peer)))
-                end = await peer.unless_gone(machine.follow(task, sink))
+                if feed is not None:
+                    await stack.enter_async_context(beside(_fed(feed)))
+                end = await peer.unless_gone(machine.follow(task, sink, offsets=offsets))
+        except asyncio.CancelledError:
+            if self._kept_for_later:
+                with contextlib.suppress(Gone):
+                    await peer.say(wire.encode({"error": MachineKept(
+                        "the machine was kept on the disk, and its commands with it").as_dict()}))
+            raise
         except Gone:
             # What nobody listens to would wait for ever once its output is full.
             with contextlib.suppress(VmjobError):
                 await machine.stop(task, number=signal.SIGKILL)
                 await machine.follow(task, _unheard)
             raise
+        finally:
+            self._attached.discard(task)
         await self._hear_messages(machine)
         return _result(end)
 
@@ -377,6 +436,7 @@ HANDLERS: dict[str, Handler] = {
     "suspend": Keeper._suspend, "resume": Keeper._resume,  # noqa: SLF001 - its own table
     "checkpoint": Keeper._checkpoint, "stop": Keeper._stop,  # noqa: SLF001
     "priority": Keeper._set_priority, "exec": Keeper._exec,  # noqa: SLF001
+    "attach": Keeper._attach,  # noqa: SLF001
     "put": Keeper._put, "get": Keeper._get, "ls": Keeper._ls,  # noqa: SLF001
     "mkdir": Keeper._mkdir, "delete": Keeper._delete,  # noqa: SLF001
     "message": Keeper._message, "listen": Keeper._listen,  # noqa: SLF001
@@ -411,6 +471,11 @@ async def keep(home: Home, root: Path, *, again: bool, starter: socket.socket, l
                  asyncio.ensure_future(keeper.over.wait()))
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         await keeper.finish()
+        if keeper.writes:
+            # A checkpoint that the disk does not finish. Nobody else may have the slot before we
+            # are gone; then nobody writes there, and the checkpoints before it are good.
+            log.write("keeper", "ended in the middle of a checkpoint")
+            os._exit(1)
         for each in tasks:
             each.cancel()
         (failed, _) = await asyncio.gather(*tasks, return_exceptions=True)
@@ -485,9 +550,25 @@ async def _making(home: Home, root: Path, again: bool,
         yield machine
 
 
-async def _fed(machine: AsyncMachine, task: int, peer: Peer) -> None:
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """Do work within a deadline, or raise `TimeoutError`: it may then go on for all that."""
+    doing = asyncio.ensure_future(work)
+    await asyncio.wait([doing], timeout=seconds)
+    if not doing.done():
+        doing.cancel()
+        await asyncio.wait([doing], timeout=END_DEADLINE)
+    if not doing.done() or doing.cancelled():
+        raise TimeoutError
+    return doing.result()
+
+
+async def _fed(feed: Callable[[], Coroutine[Any, Any, None]]) -> None:
     with contextlib.suppress(Gone):  # who follows the command hears that as well
-        await machine.feed(task, peer.input)
+        await feed()
+
+
+async def _no_input() -> bytes:
+    return b""
 
 
 async def _unheard(stream: Stream, data: bytes) -> None:

@@ -2,13 +2,15 @@
 
     keeper   {"vmjob": 1, "state": "running", "since": 1700000000.0}
     client   {"vmjob": 1, "do": "exec", "with": {"argv": ["cat"], "stdin": true}}
+    keeper   {"task": 1}                                   the command's number in the machine
     keeper   {"want": "stdin"}
     client   {"stdin": "aGVsbG8="}                         empty: the end of the input
     keeper   {"out": "stdout", "data": "aGVsbG8="}
     client   {"signal": 2}
     keeper   {"done": {...}}    or    {"error": {...}}     the form of `VmjobError.as_dict`
 
-One request for each connection. A client that goes away ends what it has asked for.
+``attach`` (`Attach`) instead of ``exec`` goes on following a command that a checkpoint had. One
+request for each connection. A client that goes away ends what it has asked for.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import msgspec
 
 from vmjob.errors import VmjobError, all_errors
 
-__all__ = ["Command", "MAX_LINE", "VERSION", "Request", "WireError", "decode", "encode", "error_of",
-           "packed", "pieces", "request_of", "unpacked"]
+__all__ = ["Attach", "Command", "MAX_LINE", "VERSION", "Request", "WireError", "decode", "encode",
+           "error_of", "packed", "pieces", "request_of", "unpacked"]
 
 #: Raise this when an older vmjob would misunderstand what this one says.
 VERSION = 1
@@ -54,6 +56,14 @@ class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user: str | None = None
     stdin: bool = False
     detach: bool = False
+
+
+class Attach(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A command to follow that was started before; so much of its streams was taken already."""
+
+    task: int
+    stdout: int = 0
+    stderr: int = 0
 
 
 def encode(content: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import anyio
 
 from vmjob.errors import CheckpointFailed
 from vmjob.keeper.server import serve
-from vmjob.machine.contract import Checkpoint, MachineSpec
-from vmjob.machine.fake import FakeDriver, FakeMachine, Faults
+from vmjob.machine.contract import Checkpoint, Driver, MachineSpec
+from vmjob.machine.fake import FakeDriver, FakeMachine, Faults, SimulatedDriver
 
 
 class KeptMachine(FakeMachine):
@@ -60,8 +61,24 @@ class KeptDriver(FakeDriver):
         return machine
 
 
+def stuck(path: Path) -> None:
+    """A disk that does not answer when the second checkpoint is to be published."""
+    if path.name == "000002.json.new":
+        (path.parent.parent / "reached").touch()
+        threading.Event().wait()
+    sync(path)
+
+
+def driver_of(kind: str) -> Driver:
+    return SimulatedDriver(steps=4) if kind in ("simulated", "stuck-disk") else KeptDriver(kind)
+
+
 if __name__ == "__main__":
     import vmjob.engine.freezing
+    from vmjob.host import durable
 
     vmjob.engine.freezing.QUIET = 0  # a fake machine has no kernel that puts work off
-    sys.exit(serve(*sys.argv[2:], driver=KeptDriver(sys.argv[1])))
+    sync = durable.sync
+    if sys.argv[1] == "stuck-disk":
+        durable.sync = stuck
+    sys.exit(serve(*sys.argv[2:], driver=driver_of(sys.argv[1])))
