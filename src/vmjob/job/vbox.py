@@ -329,6 +329,12 @@ def _job(given: _Given, where: Surroundings, findings: list[Finding]) -> Job:
         _add(findings, Level.WARNING, given.lines.get("enable_shared_directory", 0), "needs-shared",
              "no folder is shared: without a disk image of its own the job has no boinc_app",
              "<enable_shared_directory/>")
+    triggers = _triggers(given)
+    if triggers != Triggers() and not shared:
+        _add(findings, Level.WARNING, 0, "needs-shared",
+             "trigger files are looked for in the shared folder, and no folder is shared",
+             "<enable_shared_directory/>")
+        triggers = Triggers()
     task = Task(BOINC_APP, cwd="/root/shared", user="root", name="boinc_app")
     interval: float | None = given.number("minimum_checkpoint_interval") or None
     return Job(
@@ -338,7 +344,7 @@ def _job(given: _Given, where: Surroundings, findings: list[Finding]) -> Job:
         network=Network.NAT if network else Network.NONE,
         cpu="baseline",
         folders=_folders(given, where, findings),
-        triggers=_triggers(given),
+        triggers=triggers,
         duration=given.number("job_duration") or None,
         checkpoint_every=0.0 if given.on("disable_automatic_checkpoints") else interval,
         forwards=tuple(given.forwards) if network else (),
