@@ -223,5 +223,7 @@ def _show(record: Record, as_json: bool) -> None:
         print_json(_plain(record))
     elif record.error is not None:
         report(record.error)
+    elif record.message:
+        click.echo(f"vmjob: the job says: {record.message}", err=True)
     elif record.kept:
         click.echo(f"vmjob: the machine's logs are in {record.kept}", err=True)
