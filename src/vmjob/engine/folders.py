@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from vmjob.engine.agreement import Pair, Plan, make_plan
+from vmjob.engine.agreement import Pair, Plan, make_plan, same_content
 from vmjob.engine.folderside import (
     Journal,
     Outgoing,
@@ -45,6 +45,8 @@ MAX_ANSWERS = 10_000
 LOOK_DEADLINE = 600.0
 #: Shortest and longest wait between two rounds, seconds.
 SHORTEST, LONGEST = 0.1, 30.0
+#: Seconds until the guest is given again what it refused, at first and at most.
+RETRY, LONGEST_RETRY = 1.0, 600.0
 NOTHING = Pair(None, None)
 #: Longest link file, bytes.
 MAX_LINK = 4096
@@ -87,10 +89,13 @@ class Mirror:
         self._seen = 0
         self._listed = False
         self._over = False
-        #: Put into the guest, but not known to have got there; what is refused there and why.
+        #: Put into the guest, but not known to have got there.
         self._putting: dict[str, Stamp] = {}
-        self._refused: dict[str, tuple[Stamp, Stamp | None]] = {}
+        #: What is refused there: what it was, when to try again, after how long a wait.
+        self._refused: dict[str, tuple[Stamp, float, float]] = {}
         self._again = SHORTEST
+        self._hear_due = 0.0
+        self._looking = False
         self._lock = anyio.Lock()
         self._warned: set[str] = set()
         self._continued = known is not None
@@ -115,7 +120,8 @@ class Mirror:
     @property
     def pause(self) -> float:
         """Seconds until the next `step` may find something, as far as both sides are looked at."""
-        return max(SHORTEST, min(self._again, self._look.wait(), LONGEST))
+        heard = self._hear_due - time.monotonic()
+        return max(SHORTEST, min(heard, self._look.wait(), LONGEST))
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -139,8 +145,11 @@ class Mirror:
             return False
         async with self._lock:
             await self._look_at_host()
-            if not await self._hear():
+            if time.monotonic() >= self._hear_due and not await self._hear():
                 return False
+            if not self._listed:
+                return False
+            self._take_up()
             return await self._carry_out(self._plan(into_guest=True))
 
     async def keep(self) -> None:
@@ -154,6 +163,7 @@ class Mirror:
         async with self._lock:
             await self._look_at_host(at_once=True)
             await self._hear_all()
+            self._take_up()
             await self._carry_out(self._plan(into_guest=False))
 
     async def remove(self, name: str, version: Pair) -> bool:
@@ -192,16 +202,21 @@ class Mirror:
 
     async def _look_at_host(self, *, at_once: bool = False) -> None:
         """Bring `_host` up to date, if it is time for it."""
-        at_once = at_once or self._continued
-        await anyio.to_thread.run_sync(self._look_through, at_once)
-        if self._continued:
-            self._continued = False
-            # What came from a guest that has gone back since is not the host's doing.
-            came = self._journal.came
-            for name in {*self._agreed, *self._host}:
-                before, now = self._agreed.get(name, NOTHING), self._host.get(name)
-                if now != before.host and name in came and came[name] == now:
-                    self._agreed[name] = Pair(now, before.guest)
+        await anyio.to_thread.run_sync(self._look_through, at_once or self._continued)
+
+    def _take_up(self) -> None:
+        """The guest went back: tell what it did since, and may do again, from the host's doings."""
+        if not self._continued:
+            return
+        self._continued = False
+        for name, came in self._journal.came.items():
+            before, theirs = self._agreed.get(name, NOTHING), self._guest.get(name)
+            if theirs != before.guest and same_content(theirs, came):
+                # It had come already; what the host made of it afterwards is newer.
+                before = Pair(came, theirs)
+            if self._host.get(name) == came:
+                before = Pair(came, before.guest)
+            self._agreed[name] = before
 
     def _look_through(self, at_once: bool) -> None:
         if not self.folder.source.is_dir():  # not the same as empty: a disk that went away
@@ -255,6 +270,7 @@ class Mirror:
                 raise AgentProtocol("the agent tells of more files than it was asked for")
             self._seen, self._over, self._again = news.version, news.over, news.again
             self._looking = news.looking
+            self._hear_due = time.monotonic() + news.again
             if news.left_out:
                 self._warn_once(f"{self.folder.name}: links, devices and files with odd names "
                                 "in the machine are left out")
@@ -323,8 +339,7 @@ class Mirror:
         fetch, excess = self._fitting(plan.fetch)
         if fetch:
             done = await self._fetch(fetch) or done
-        push = [name for name in plan.push
-                if self._refused.get(name) != (self._host[name], self._guest.get(name))]
+        push = [name for name in plan.push if not self._must_wait(name)]
         if push:
             done = await self._push(push, strict=True) or done
         if excess or self._over:
@@ -482,8 +497,11 @@ class Mirror:
             put: dict[str, Stamp] = {}
             for each, inode in zip(sent, inodes, strict=True):
                 if not inode:
-                    self._refused[each.name] = (each.host, self._guest.get(each.name))
+                    before = self._refused.get(each.name)
+                    wait = RETRY if before is None else min(2 * before[2], LONGEST_RETRY)
+                    self._refused[each.name] = (each.host, time.monotonic() + wait, wait)
                     continue
+                self._refused.pop(each.name, None)
                 there = each.guest if each.guest == DIRECTORY else (*each.guest[:4], inode)
                 if each.guest != DIRECTORY or self._guest.get(each.name) != DIRECTORY:
                     put[each.name] = there
@@ -495,6 +513,12 @@ class Mirror:
             await self._client.folder_note(self.folder.destination, put,
                                            without=self.folder.without, most=self._most)
         return done
+
+    def _must_wait(self, name: str) -> bool:
+        """Whether the guest has refused a file, and is not to be sent all of it again yet."""
+        refused = self._refused.get(name)
+        return (refused is not None and refused[0] == self._host[name]
+                and time.monotonic() < refused[1])
 
     def _is_secret(self, name: str) -> bool:
         link = self._links.get(name)
