@@ -91,7 +91,7 @@ class Mirror:
         self._over = False
         #: Put into the guest, but not known to have got there.
         self._putting: dict[str, Stamp] = {}
-        #: What is refused there: what it was, when to try again, after how long a wait.
+        #: What could not be put where it belongs: what it was, when to try again, after what wait.
         self._refused: dict[str, tuple[Stamp, float, float]] = {}
         self._again = SHORTEST
         self._hear_due = 0.0
@@ -331,15 +331,14 @@ class Mirror:
             self._agreed.pop(name, None)
         done = False
         for name in plan.drop_host:
-            done = True
-            await anyio.to_thread.run_sync(self._forget_host, name)
+            done = self._forget_host(name) or done
         if plan.drop_guest:
-            done = True
-            await self._drop_guest(plan.drop_guest)
-        fetch, excess = self._fitting(plan.fetch)
+            done = await self._drop_guest(plan.drop_guest) or done
+        fetch, excess = self._fitting(
+            name for name in plan.fetch if not self._must_wait(name, self._guest[name]))
         if fetch:
             done = await self._fetch(fetch) or done
-        push = [name for name in plan.push if not self._must_wait(name)]
+        push = [name for name in plan.push if not self._must_wait(name, self._host[name])]
         if push:
             done = await self._push(push, strict=True) or done
         if excess or self._over:
@@ -410,9 +409,11 @@ class Mirror:
             except OSError as error:
                 self._warn_once(f"{self.folder.name}: {name!r} cannot be written: "
                                 f"{error.strerror}")
+                self._refuse(name, found)
                 continue
             if now is not None:
                 became[name] = now
+                self._refused.pop(name, None)
         return became
 
     def _is_on_host(self, name: str, found: Stamp, there: Stamp) -> None:
@@ -436,6 +437,7 @@ class Mirror:
                 except OSError as error:
                     self._warn_once(f"{self.folder.name}: {name!r} cannot be made: "
                                     f"{error.strerror}")
+                    self._refuse(name, DIRECTORY)
                     continue
                 self._journal.note(name, DIRECTORY)
                 self._is_on_host(name, DIRECTORY, DIRECTORY)
@@ -444,13 +446,19 @@ class Mirror:
             os.close(fd)
         return done
 
-    def _forget_host(self, name: str) -> None:
-        """The guest has removed it."""
+    def _forget_host(self, name: str) -> bool:
+        """The guest has removed it; whether it could be removed here. One of a link's stays."""
+        gone = False
         if name not in self._links:
             self._journal.note(name, None)
-            if not self._drop_host(name, self._host[name]):
+            gone = self._drop_host(name, self._host[name])
+            if not gone:
                 self._journal.came.pop(name, None)
-        self._agreed.pop(name, None)
+        if name in self._links:
+            self._agreed[name] = Pair(self._host[name], None)
+        else:
+            self._agreed.pop(name, None)
+        return gone
 
     def _drop_host(self, name: str, found: Stamp) -> bool:
         if name in self._links:
@@ -464,7 +472,7 @@ class Mirror:
             self._host.pop(name, None)
         return gone
 
-    async def _drop_guest(self, names: list[str]) -> None:
+    async def _drop_guest(self, names: list[str]) -> bool:
         stamps = {name: self._guest[name] for name in names}
         kept = await self._client.folder_remove(self.folder.destination, stamps,
                                                 without=self.folder.without, most=self._most)
@@ -472,6 +480,7 @@ class Mirror:
             if name not in kept:
                 self._guest.pop(name, None)
                 self._agreed.pop(name, None)
+        return len(kept) < len(names)
 
     async def _push(self, names: list[str], *, strict: bool, anything: bool = False) -> bool:
         """Bring files and directories into the guest; whether any went."""
@@ -497,9 +506,7 @@ class Mirror:
             put: dict[str, Stamp] = {}
             for each, inode in zip(sent, inodes, strict=True):
                 if not inode:
-                    before = self._refused.get(each.name)
-                    wait = RETRY if before is None else min(2 * before[2], LONGEST_RETRY)
-                    self._refused[each.name] = (each.host, time.monotonic() + wait, wait)
+                    self._refuse(each.name, each.host)
                     continue
                 self._refused.pop(each.name, None)
                 there = each.guest if each.guest == DIRECTORY else (*each.guest[:4], inode)
@@ -514,11 +521,15 @@ class Mirror:
                                            without=self.folder.without, most=self._most)
         return done
 
-    def _must_wait(self, name: str) -> bool:
-        """Whether the guest has refused a file, and is not to be sent all of it again yet."""
+    def _refuse(self, name: str, found: Stamp) -> None:
+        before = self._refused.get(name)
+        wait = RETRY if before is None else min(2 * before[2], LONGEST_RETRY)
+        self._refused[name] = (found, time.monotonic() + wait, wait)
+
+    def _must_wait(self, name: str, found: Stamp) -> bool:
+        """Whether a file found no place, and is not to be copied again yet."""
         refused = self._refused.get(name)
-        return (refused is not None and refused[0] == self._host[name]
-                and time.monotonic() < refused[1])
+        return refused is not None and refused[0] == found and time.monotonic() < refused[1]
 
     def _is_secret(self, name: str) -> bool:
         link = self._links.get(name)

@@ -151,7 +151,8 @@ class Folder:
             yield from self._directory(fd, "", 0)
         except OSError:
             self.over = False  # it is not there, or not any more
-        if not self.over:  # else who was not visited may well be there
+        # Where there is too much, who was not visited may well be there.
+        if not self.over or len(self.known) > self.most:
             for name in [*self.known, *self._changing]:
                 if name not in self._visited:
                     self._look_at(name)
