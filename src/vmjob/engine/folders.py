@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from vmjob.engine.agreement import Pair, Plan, make_plan
+from vmjob.engine.agreement import Pair, Plan, make_plan, same_content
 from vmjob.engine.folderside import (
     Journal,
     Outgoing,
@@ -45,6 +45,8 @@ MAX_ANSWERS = 10_000
 LOOK_DEADLINE = 600.0
 #: Shortest and longest wait between two rounds, seconds.
 SHORTEST, LONGEST = 0.1, 30.0
+#: Seconds until the guest is given again what it refused, at first and at most.
+RETRY, LONGEST_RETRY = 1.0, 600.0
 NOTHING = Pair(None, None)
 #: Longest link file, bytes.
 MAX_LINK = 4096
@@ -87,9 +89,10 @@ class Mirror:
         self._seen = 0
         self._listed = False
         self._over = False
-        #: Put into the guest, but not known to have got there; what is refused there and why.
+        #: Put into the guest, but not known to have got there.
         self._putting: dict[str, Stamp] = {}
-        self._refused: dict[str, tuple[Stamp, Stamp | None]] = {}
+        #: What could not be put where it belongs: what it was, when to try again, after what wait.
+        self._refused: dict[str, tuple[Stamp, float, float]] = {}
         self._again = SHORTEST
         self._hear_due = 0.0
         self._looking = False
@@ -144,7 +147,10 @@ class Mirror:
             await self._look_at_host()
             if time.monotonic() >= self._hear_due and not await self._hear():
                 return False
-            return self._listed and await self._carry_out(self._plan(into_guest=True))
+            if not self._listed:
+                return False
+            self._take_up()
+            return await self._carry_out(self._plan(into_guest=True))
 
     async def keep(self) -> None:
         """`step` for ever, as often as it makes sense."""
@@ -157,6 +163,7 @@ class Mirror:
         async with self._lock:
             await self._look_at_host(at_once=True)
             await self._hear_all()
+            self._take_up()
             await self._carry_out(self._plan(into_guest=False))
 
     async def remove(self, name: str, version: Pair) -> bool:
@@ -195,16 +202,21 @@ class Mirror:
 
     async def _look_at_host(self, *, at_once: bool = False) -> None:
         """Bring `_host` up to date, if it is time for it."""
-        at_once = at_once or self._continued
-        await anyio.to_thread.run_sync(self._look_through, at_once)
-        if self._continued:
-            self._continued = False
-            # What came from a guest that has gone back since is not the host's doing.
-            came = self._journal.came
-            for name in {*self._agreed, *self._host}:
-                before, now = self._agreed.get(name, NOTHING), self._host.get(name)
-                if now != before.host and name in came and came[name] == now:
-                    self._agreed[name] = Pair(now, before.guest)
+        await anyio.to_thread.run_sync(self._look_through, at_once or self._continued)
+
+    def _take_up(self) -> None:
+        """The guest went back: tell what it did since, and may do again, from the host's doings."""
+        if not self._continued:
+            return
+        self._continued = False
+        for name, came in self._journal.came.items():
+            before, theirs = self._agreed.get(name, NOTHING), self._guest.get(name)
+            if theirs != before.guest and same_content(theirs, came):
+                # It had come already; what the host made of it afterwards is newer.
+                before = Pair(came, theirs)
+            if self._host.get(name) == came:
+                before = Pair(came, before.guest)
+            self._agreed[name] = before
 
     def _look_through(self, at_once: bool) -> None:
         if not self.folder.source.is_dir():  # not the same as empty: a disk that went away
@@ -319,16 +331,14 @@ class Mirror:
             self._agreed.pop(name, None)
         done = False
         for name in plan.drop_host:
-            done = True
-            await anyio.to_thread.run_sync(self._forget_host, name)
+            done = self._forget_host(name) or done
         if plan.drop_guest:
-            done = True
-            await self._drop_guest(plan.drop_guest)
-        fetch, excess = self._fitting(plan.fetch)
+            done = await self._drop_guest(plan.drop_guest) or done
+        fetch, excess = self._fitting(
+            name for name in plan.fetch if not self._must_wait(name, self._guest[name]))
         if fetch:
             done = await self._fetch(fetch) or done
-        push = [name for name in plan.push
-                if self._refused.get(name) != (self._host[name], self._guest.get(name))]
+        push = [name for name in plan.push if not self._must_wait(name, self._host[name])]
         if push:
             done = await self._push(push, strict=True) or done
         if excess or self._over:
@@ -399,9 +409,11 @@ class Mirror:
             except OSError as error:
                 self._warn_once(f"{self.folder.name}: {name!r} cannot be written: "
                                 f"{error.strerror}")
+                self._refuse(name, found)
                 continue
             if now is not None:
                 became[name] = now
+                self._refused.pop(name, None)
         return became
 
     def _is_on_host(self, name: str, found: Stamp, there: Stamp) -> None:
@@ -425,6 +437,7 @@ class Mirror:
                 except OSError as error:
                     self._warn_once(f"{self.folder.name}: {name!r} cannot be made: "
                                     f"{error.strerror}")
+                    self._refuse(name, DIRECTORY)
                     continue
                 self._journal.note(name, DIRECTORY)
                 self._is_on_host(name, DIRECTORY, DIRECTORY)
@@ -433,13 +446,19 @@ class Mirror:
             os.close(fd)
         return done
 
-    def _forget_host(self, name: str) -> None:
-        """The guest has removed it."""
+    def _forget_host(self, name: str) -> bool:
+        """The guest has removed it; whether it could be removed here. One of a link's stays."""
+        gone = False
         if name not in self._links:
             self._journal.note(name, None)
-            if not self._drop_host(name, self._host[name]):
+            gone = self._drop_host(name, self._host[name])
+            if not gone:
                 self._journal.came.pop(name, None)
-        self._agreed.pop(name, None)
+        if name in self._links:
+            self._agreed[name] = Pair(self._host[name], None)
+        else:
+            self._agreed.pop(name, None)
+        return gone
 
     def _drop_host(self, name: str, found: Stamp) -> bool:
         if name in self._links:
@@ -453,7 +472,7 @@ class Mirror:
             self._host.pop(name, None)
         return gone
 
-    async def _drop_guest(self, names: list[str]) -> None:
+    async def _drop_guest(self, names: list[str]) -> bool:
         stamps = {name: self._guest[name] for name in names}
         kept = await self._client.folder_remove(self.folder.destination, stamps,
                                                 without=self.folder.without, most=self._most)
@@ -461,6 +480,7 @@ class Mirror:
             if name not in kept:
                 self._guest.pop(name, None)
                 self._agreed.pop(name, None)
+        return len(kept) < len(names)
 
     async def _push(self, names: list[str], *, strict: bool, anything: bool = False) -> bool:
         """Bring files and directories into the guest; whether any went."""
@@ -486,8 +506,9 @@ class Mirror:
             put: dict[str, Stamp] = {}
             for each, inode in zip(sent, inodes, strict=True):
                 if not inode:
-                    self._refused[each.name] = (each.host, self._guest.get(each.name))
+                    self._refuse(each.name, each.host)
                     continue
+                self._refused.pop(each.name, None)
                 there = each.guest if each.guest == DIRECTORY else (*each.guest[:4], inode)
                 if each.guest != DIRECTORY or self._guest.get(each.name) != DIRECTORY:
                     put[each.name] = there
@@ -499,6 +520,16 @@ class Mirror:
             await self._client.folder_note(self.folder.destination, put,
                                            without=self.folder.without, most=self._most)
         return done
+
+    def _refuse(self, name: str, found: Stamp) -> None:
+        before = self._refused.get(name)
+        wait = RETRY if before is None else min(2 * before[2], LONGEST_RETRY)
+        self._refused[name] = (found, time.monotonic() + wait, wait)
+
+    def _must_wait(self, name: str, found: Stamp) -> bool:
+        """Whether a file found no place, and is not to be copied again yet."""
+        refused = self._refused.get(name)
+        return refused is not None and refused[0] == found and time.monotonic() < refused[1]
 
     def _is_secret(self, name: str) -> bool:
         link = self._links.get(name)

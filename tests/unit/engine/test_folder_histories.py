@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.unit.engine.local_guest import LocalGuest, fake_clock
 from vmjob.engine.folders import Mirror
+from vmjob.guest.agent import folders
 from vmjob.job.files import Folder
 
 NAMES = ("a", "b", "d", "d/x", "d/y", "d/e/z", "x.xml")
@@ -62,6 +63,8 @@ class Histories(RuleBasedStateMachine):
         self.whole: set[bytes] = set()
         self.open: tuple[Any, Path, bytes] | None = None
         self.kept: tuple[object, str] | None = None
+        #: What the host wrote when the guest's side of it had come, and nobody touched since.
+        self.own: dict[str, bytes] = {}
         self.mirror = self.make()
         finish(self.mirror.fill())
 
@@ -92,6 +95,8 @@ class Histories(RuleBasedStateMachine):
 
     def write(self, root: Path, name: str, content: bytes) -> None:
         path = root / name
+        if self.open is not None and path == self.open[1]:
+            return  # two who write to one file at a time do not make it whole
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
@@ -108,24 +113,41 @@ class Histories(RuleBasedStateMachine):
         elif path.exists():
             path.unlink()
 
+    def touched(self, name: str) -> None:
+        for each in list(self.own):
+            if each == name or each.startswith(name + "/") or name.startswith(each + "/"):
+                del self.own[each]
+
     @rule(name=names)
     def guest_writes(self, name: str) -> None:
+        self.touched(name)
         self.write(self.guest.root, name, self.content())
 
     @rule(name=names)
     def host_writes(self, name: str) -> None:
-        self.write(self.host, name, self.content())
+        self.touched(name)
+        content = self.content()
+        self.write(self.host, name, content)
+        known = self.mirror._agreed
+        parts = name.split("/")
+        if not (self.guest.root / name).is_dir() and text(self.host / name) == content and all(
+                self.now(self.guest.root / each) == (known[each].guest if each in known else None)
+                for each in ("/".join(parts[:at + 1]) for at in range(len(parts)))):
+            self.own[name] = content
 
     @rule(name=names)
     def guest_removes(self, name: str) -> None:
+        self.touched(name)
         self.remove(self.guest.root, name)
 
     @rule(name=names)
     def host_removes(self, name: str) -> None:
+        self.touched(name)
         self.remove(self.host, name)
 
     @rule(name=names)
     def guest_makes_a_directory(self, name: str) -> None:
+        self.touched(name)
         try:
             (self.guest.root / name).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -133,6 +155,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=names, mode=st.sampled_from([0o644, 0o755, 0o600]))
     def guest_changes_a_mode(self, name: str, mode: int) -> None:
+        self.touched(name)
         path = self.guest.root / name
         if path.is_file():
             path.chmod(mode)
@@ -140,6 +163,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.open is None)
     @rule(name=names)
     def guest_begins_to_write(self, name: str) -> None:
+        self.touched(name)
         path = self.guest.root / name
         if path.parent.is_dir() and not path.is_dir():
             self.open = (path.open("wb", buffering=0), path, self.content())
@@ -150,7 +174,8 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def stop_writing(self) -> None:
         if self.open is not None:
-            file, _, content = self.open
+            file, path, content = self.open
+            self.touched(str(path.relative_to(self.guest.root)))
             file.write(content[3:])
             self.moment += 10**9
             os.utime(file.fileno(), ns=(self.moment, self.moment))
@@ -199,13 +224,19 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=names)
     def act_on_a_file(self, name: str) -> None:
-        if version := self.mirror.version(name):
-            before = (self.guest.root / name).read_bytes() if (
-                self.guest.root / name).is_file() else None
-            came = self.host / name
-            acted_on = came.read_bytes() if came.is_file() else None
-            if finish(self.mirror.remove(name, version)) and before != acted_on and before:
-                assert (self.guest.root / name).exists(), "a newer one was lost"
+        self.touched(name)
+        version = self.mirror.version(name)
+        if version is None:
+            return
+        newer = {root: found for root, known in ((self.host, version.host),
+                                                 (self.guest.root, version.guest))
+                 if (found := self.now(root / name)) is not None and found != known}
+        finish(self.mirror.remove(name, version))
+        for root in (self.host, self.guest.root):
+            assert self.now(root / name) == newer.get(root)
+
+    def now(self, path: Path) -> folders.Stamp | None:
+        return folders.stamp(path.lstat()) if path.exists() else None
 
     # -- what must be so -----------------------------------------------------------------------
 
@@ -222,6 +253,8 @@ class Histories(RuleBasedStateMachine):
             finish(self.mirror.step())
         if self.kept is None:
             assert self.listed(self.host) == self.listed(self.guest.root)
+        for name, content in self.own.items():
+            assert text(self.host / name) == text(self.guest.root / name) == content
         self.clock.now += 1
         assert finish(self.mirror.step()) is False, "it does not come to rest"
 
@@ -229,6 +262,10 @@ class Histories(RuleBasedStateMachine):
         return {str(path.relative_to(root)): None if path.is_dir() else
                 (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_mode & 0o777)
                 for path in root.rglob("*")}
+
+
+def text(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 class NoLock:

@@ -2,91 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+import stat
 from pathlib import Path
 
-import anyio
 import pytest
 
-from vmjob.engine.folders import Mirror
-from vmjob.engine.session import Session, open_session
-from vmjob.home import Home
-from vmjob.job.files import Folder
-from vmjob.machine.contract import MachineSpec
-from vmjob.machine.fake import FakeDriver, FakeMachine
+from tests.unit.engine.both_sides import Both, both, rest, session, text, tree, until
 
+__all__ = ["both", "session"]
 pytestmark = pytest.mark.anyio
-
-#: Seconds in which something must have come; it takes half of one.
-DEADLINE = 20.0
-
-
-@pytest.fixture
-async def session(home: Home, fake_shape: MachineSpec) -> AsyncIterator[Session]:
-    async with open_session(home, FakeDriver(), fake_shape) as opened:
-        yield opened
-
-
-class Both:
-    """A folder on both sides: ``host`` and ``guest`` are where it is."""
-
-    def __init__(self, session: Session, host: Path) -> None:
-        assert isinstance(session.machine, FakeMachine)
-        self.session = session
-        self.host = host
-        self.guest = session.machine.workdir / "shared"
-        self.folder = Folder("shared", host, "shared")
-        self.warnings: list[str] = []
-
-    def mirror(self, **more: object) -> Mirror:
-        given = {key: more.pop(key) for key in list(more) if key in Folder.__dataclass_fields__}
-        self.folder = replace(self.folder, **given)  # type: ignore[arg-type]
-        options = {"redact": lambda content: b"redacted", "warn": self.warnings.append, **more}
-        return Mirror(self.folder, self.session.client, **options)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def both(session: Session, tmp_path: Path) -> Both:
-    host = tmp_path / "host"
-    host.mkdir()
-    return Both(session, host)
-
-
-async def until(mirror: Mirror, condition: Callable[[], bool]) -> float:
-    """Rounds until something is so; the seconds that it took."""
-    begun = time.monotonic()
-    with anyio.fail_after(DEADLINE):
-        while not condition():
-            await mirror.step()
-            if not condition():
-                await anyio.sleep(mirror.pause)
-    return time.monotonic() - begun
-
-
-async def rest(mirror: Mirror) -> None:
-    """Rounds until both sides have been looked at and nothing was to do."""
-    idle = 0
-    with anyio.fail_after(DEADLINE):
-        while idle < 6:
-            idle = 0 if await mirror.step() else idle + 1
-            await anyio.sleep(mirror.pause)
-
-
-def text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def tree(path: Path) -> dict[str, object]:
-    """All that is there, as the folder is to keep it."""
-    return {str(each.relative_to(path)): None if each.is_dir() else
-            (each.read_bytes(), each.stat().st_mtime_ns, each.stat().st_mode)
-            for each in sorted(path.rglob("*"))}
 
 
 async def test_what_the_host_has_is_there_before_the_first_task(both: Both) -> None:
@@ -138,3 +64,266 @@ async def test_what_is_not_live_comes_back_after_the_last_task(both: Both) -> No
     await mirror.collect()
     assert {path.name: path.read_text() for path in both.host.iterdir()} == {
         "same": "same", "old": "new", "made": "made"}
+
+
+async def test_a_change_appears_within_a_second(both: Both) -> None:
+    for number in range(300):
+        (both.host / f"file-{number}").write_text("x")
+    mirror = both.mirror()
+    await mirror.fill()
+    await rest(mirror)
+    took = []
+    for number in range(3):
+        (both.guest / f"file-{number}").write_text("changed")
+        took.append(await until(mirror, lambda: text(both.host / f"file-{number}") == "changed"))  # noqa: B023
+        (both.host / f"file-{number}").write_text("again")
+        took.append(await until(mirror, lambda: text(both.guest / f"file-{number}") == "again"))  # noqa: B023
+    assert sorted(took)[3] < 1.5, took  # a busy computer; 0.5 on one that is not
+
+
+async def test_a_file_that_is_touched_is_a_change(both: Both) -> None:
+    both.guest.mkdir()
+    (both.guest / "heartbeat").write_text("")
+    mirror = both.mirror()
+    await mirror.fill()
+    os.utime(both.guest / "heartbeat", ns=(5, 5))
+    await until(mirror, lambda: (both.host / "heartbeat").exists()
+                and (both.host / "heartbeat").stat().st_mtime_ns == 5)
+
+
+async def test_what_was_in_the_guest_before_is_no_change(both: Both) -> None:
+    both.guest.mkdir()
+    (both.guest / "of the image").write_text("x")
+    mirror = both.mirror()
+    await mirror.fill()
+    await rest(mirror)
+    await mirror.collect()
+    assert tree(both.host) == {}
+
+
+async def test_a_file_that_is_open_for_writing_does_not_come(both: Both) -> None:
+    mirror = both.mirror()
+    await mirror.fill()
+    with (both.guest / "result").open("w") as file:
+        file.write("half")
+        file.flush()
+        (both.guest / "other").write_text("x")
+        await until(mirror, lambda: text(both.host / "other") == "x")
+        await rest(mirror)
+        assert text(both.host / "result") is None
+        file.write(" and whole")
+    await until(mirror, lambda: text(both.host / "result") is not None)
+    assert text(both.host / "result") == "half and whole"
+
+
+async def test_a_file_that_is_mapped_for_writing_does_not_come(both: Both) -> None:
+    mirror = both.mirror()
+    await mirror.fill()
+    path = both.guest / "mapped"
+    path.write_bytes(b"half")
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 4)
+    await rest(mirror)
+    assert text(both.host / "mapped") is None
+    mapped.close()
+    await until(mirror, lambda: text(both.host / "mapped") == "half")
+
+
+async def test_a_file_written_piece_by_piece_comes_whole(both: Both) -> None:
+    """It is closed between the pieces, as ``echo >> file`` does."""
+    mirror = both.mirror()
+    await mirror.fill()
+    seen: set[str | None] = set()
+    task = await both.session.client.start([
+        "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i >> shared/log; sleep 0.05; done"])
+    whole = "".join(f"{number}\n" for number in range(1, 11))
+
+    def came() -> bool:
+        seen.add(text(both.host / "log"))
+        return whole in seen
+
+    await until(mirror, came)
+    assert seen == {None, whole}
+    both.session.client.forget(task)
+
+
+async def test_the_guest_wins_where_both_changed(both: Both) -> None:
+    (both.host / "a").write_text("a")
+    mirror = both.mirror()
+    await mirror.fill()
+    (both.guest / "a").write_text("the guest's")
+    (both.host / "a").write_text("the host's own")
+    await rest(mirror)
+    assert text(both.guest / "a") == text(both.host / "a") == "the guest's"
+
+
+async def test_a_file_beats_its_absence(both: Both) -> None:
+    for name in ("a", "b"):
+        (both.host / name).write_text("old")
+    mirror = both.mirror()
+    await mirror.fill()
+    (both.guest / "a").unlink()
+    (both.host / "a").write_text("new")
+    (both.guest / "b").write_text("new")
+    (both.host / "b").unlink()
+    await rest(mirror)
+    for root in (both.host, both.guest):
+        assert {path.name: path.read_text() for path in root.iterdir()} == {"a": "new", "b": "new"}
+
+
+# -- what a folder is to be ------------------------------------------------------------------
+
+
+async def test_the_directory_is_made_for_its_owner_alone(both: Both, tmp_path: Path) -> None:
+    mirror = both.mirror(source=tmp_path / "new" / "folder")
+    await mirror.fill()
+    assert stat.S_IMODE((tmp_path / "new" / "folder").stat().st_mode) == 0o700
+
+
+async def test_texts_and_copies_are_there_first(both: Both, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("copied")
+    (tmp_path / "in").chmod(0o755)
+    (tmp_path / "there").write_text("not copied")
+    (both.host / "there").write_text("was there")
+    mirror = both.mirror(texts={"settings": "said"},
+                         copies=(tmp_path / "in", tmp_path / "there"))
+    await mirror.fill()
+    for root in (both.host, both.guest):
+        assert {path.name: path.read_text() for path in root.iterdir()} == {
+            "settings": "said", "in": "copied", "there": "was there"}
+        assert (root / "in").stat().st_mode & 0o777 == 0o755
+
+
+async def test_names_that_are_not_the_jobs_business_stay_on_their_side(both: Both) -> None:
+    for root in (both.host, both.guest):
+        root.mkdir(exist_ok=True)
+        (root / "lock").write_text(f"of {root.name}")
+        (root / "d").mkdir()
+    mirror = both.mirror(without=("lock", "machine"))
+    await mirror.fill()
+    (both.host / "machine").mkdir()
+    (both.host / "machine" / "disk").write_text("x")
+    (both.guest / "lock").write_text("changed there")
+    (both.guest / "d" / "lock").write_text("deep down it is any name")
+    await until(mirror, lambda: (both.host / "d" / "lock").exists())
+    await rest(mirror)
+    await mirror.collect()
+    assert text(both.host / "lock") == "of host"
+    assert text(both.guest / "lock") == "changed there"
+    assert not (both.guest / "machine").exists()
+
+
+async def test_secrets_never_reach_the_guest(both: Both, tmp_path: Path) -> None:
+    """``init_data.xml`` is redacted wherever it comes from, and never comes back."""
+    (tmp_path / "init_data.xml").write_text("secret")
+    (both.host / "deep").mkdir()
+    (both.host / "deep" / "init_data.xml").write_text("secret, too")
+    (both.host / "linked").write_text(f"<soft_link>{tmp_path / 'init_data.xml'}</soft_link>\n")
+    mirror = both.mirror(copies=(tmp_path / "init_data.xml",), links=True)
+    await mirror.fill()
+    found = {str(path.relative_to(both.guest)): path.read_text()
+             for path in both.guest.rglob("*") if path.is_file()}
+    assert found == dict.fromkeys(["init_data.xml", "deep/init_data.xml", "linked"], "redacted")
+    (both.guest / "deep" / "init_data.xml").write_text("forged")
+    (both.host / "late").mkdir()
+    (both.host / "late" / "init_data.xml").write_text("secret still")
+    await until(mirror, lambda: (both.guest / "late" / "init_data.xml").exists())
+    await rest(mirror)
+    await mirror.collect()
+    assert text(both.guest / "late" / "init_data.xml") == "redacted"
+    assert text(both.host / "deep" / "init_data.xml") == "secret, too"
+    assert text(both.host / "late" / "init_data.xml") == "secret still"
+
+
+async def test_a_folder_that_is_not_writable_is_the_hosts_alone(both: Both) -> None:
+    (both.host / "a").write_text("a")
+    mirror = both.mirror(writable=False)
+    await mirror.fill()
+    (both.guest / "a").write_text("changed there")
+    (both.guest / "new").write_text("new")
+    await rest(mirror)
+    (both.host / "a").write_text("the host's")
+    await until(mirror, lambda: text(both.guest / "a") == "the host's")
+    await mirror.collect()
+    assert {path.name: path.read_text() for path in both.host.iterdir()} == {"a": "the host's"}
+
+
+async def test_links_of_boinc_stand_for_what_they_name(both: Both, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "in_1").write_text("input")
+    (both.host / "in").write_text("<soft_link>../project/in_1</soft_link>\n")
+    (both.host / "out").write_text("<soft_link>../project/out_1</soft_link>\n")
+    (both.host / "by_symlink").symlink_to(project / "in_1")
+    mirror = both.mirror(links=True)
+    await mirror.fill()
+    assert {path.name: path.read_text() for path in both.guest.iterdir()} == {
+        "in": "input", "by_symlink": "input"}
+    (both.guest / "out").write_text("output")
+    await until(mirror, lambda: text(project / "out_1") == "output")
+    (both.guest / "out").write_text("more output")
+    await until(mirror, lambda: text(project / "out_1") == "more output")
+    assert text(both.host / "out") == "<soft_link>../project/out_1</soft_link>\n"
+    (both.guest / "out").unlink()
+    await rest(mirror)
+    assert (both.host / "out").exists()
+    assert text(project / "out_1") == "more output"
+    assert {path.name for path in project.iterdir()} == {"in_1", "out_1"}
+
+
+async def test_a_guest_changes_no_linked_file_of_others(both: Both, tmp_path: Path) -> None:
+    (tmp_path / "shared_by_jobs").write_text("everybody's")
+    (both.host / "in").write_text("<soft_link>../shared_by_jobs</soft_link>")
+    mirror = both.mirror(links=True)
+    await mirror.fill()
+    (both.guest / "in").write_text("forged")
+    await rest(mirror)
+    (both.guest / "in").unlink()
+    await mirror.collect()
+    assert text(tmp_path / "shared_by_jobs") == "everybody's"
+    assert "is left as it is" in both.warnings[0]
+
+
+async def test_an_output_of_an_earlier_run_may_be_written_again(both: Both,
+                                                                tmp_path: Path) -> None:
+    (both.host / "out").write_text("<soft_link>../out_1</soft_link>")
+    mirror = both.mirror(links=True, journal=tmp_path / "journal")
+    await mirror.fill()
+    (both.guest / "out").write_text("first run")
+    await mirror.collect()
+    (both.guest / "out").unlink()
+    again = both.mirror(links=True, journal=tmp_path / "journal")
+    await again.fill()
+    (both.guest / "out").write_text("second run")
+    await again.collect()
+    assert text(tmp_path / "out_1") == "second run"
+
+
+async def test_a_trigger_is_removed_on_both_sides_and_stays_away(both: Both) -> None:
+    mirror = both.mirror()
+    await mirror.fill()
+    (both.guest / "trigger").write_text("now")
+    await until(mirror, lambda: mirror.version("trigger") is not None)
+    version = mirror.version("trigger")
+    assert version
+    assert text(both.host / "trigger") == "now"
+    assert await mirror.remove("trigger", version)
+    assert not (both.host / "trigger").exists()
+    assert not (both.guest / "trigger").exists()
+    await rest(mirror)
+    assert mirror.version("trigger") is None
+    assert not (both.host / "trigger").exists()
+    assert await mirror.remove("trigger", version) is False
+
+
+async def test_a_newer_trigger_of_that_name_is_not_lost(both: Both) -> None:
+    mirror = both.mirror()
+    await mirror.fill()
+    (both.guest / "trigger").write_text("one")
+    await until(mirror, lambda: mirror.version("trigger") is not None)
+    version = mirror.version("trigger")
+    assert version
+    (both.guest / "trigger").write_text("another")
+    assert await mirror.remove("trigger", version)
+    assert text(both.guest / "trigger") == "another"
+    await until(mirror, lambda: text(both.host / "trigger") == "another")

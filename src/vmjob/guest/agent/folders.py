@@ -151,7 +151,8 @@ class Folder:
             yield from self._directory(fd, "", 0)
         except OSError:
             self.over = False  # it is not there, or not any more
-        if not self.over:  # else who was not visited may well be there
+        # Where there is too much, who was not visited may well be there.
+        if not self.over or len(self.known) > self.most:
             for name in [*self.known, *self._changing]:
                 if name not in self._visited:
                     self._look_at(name)
@@ -319,16 +320,11 @@ class Folder:
             told["version"] = self.version
         return told
 
-    def note(self, name: str, found: Stamp) -> bool:
-        """The host put this there; whether it is there still. Then nobody need be told."""
-        try:
-            same = self.now(name) == found
-        except OSError:
-            same = False
-        if same:
-            self._visited.add(name)
-            self._tell(name, found)
-        return same
+    def note(self, name: str, found: Stamp) -> None:
+        """The other side put this there; what it became meanwhile is told later."""
+        self._visited.add(name)
+        self._tell(name, found)
+        self._look_at(name)
 
     def remove(self, name: str, found: Stamp) -> bool:
         """Remove a file or an empty directory, if it is still this one; whether it is gone."""
@@ -444,8 +440,9 @@ class Folders:
     def note(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         """The host has put these."""
         folder = self._find(path, asked)
-        return {"changed": [name for name, found in _stamps(asked)
-                            if not folder.note(name, found)]}
+        for name, found in _stamps(asked):
+            folder.note(name, found)
+        return {}
 
     def remove(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         """Remove what is still as the host says."""
