@@ -116,8 +116,9 @@ def default_image(image_home: Home) -> Image:
 
 
 #: The packages of the real programs whose answers are known.
-SCIENCE = ("autodock-vina", "bc", "clustalo", "hmmer", "hmmer-examples", "openssh-client",
-           "pari-gp", "povray", "povray-examples", "primecount-bin", "primesieve-bin")
+SCIENCE = ("autodock-vina", "bc", "clustalo", "gromacs", "hmmer", "hmmer-examples", "ncbi-blast+",
+           "openssh-client", "pari-gp", "povray", "povray-examples", "primecount-bin",
+           "primesieve-bin")
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,8 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
     """
     from vmjob.job.languages import read_file
 
+    if arguments[:1] == ("--",):  # it ends vmjob's options; it is none of the job's words
+        arguments = arguments[1:]
     where = Surroundings((directory or file.parent).absolute(),
                          project.absolute() if project else None, arguments, cpus, memory, vmimage)
     reading = read_file(file, where)
