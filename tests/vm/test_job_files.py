@@ -217,12 +217,12 @@ def test_the_worker_of_vmwrapper_gives_its_three_outputs(tmp_path: Path) -> None
                            "boincvm.tar": "boincvm.tar", "stdout": "result_0",
                            "stderr": "result_1"}.items():
         link(slot, name, physical)
-    done = run("--project", project, "--directory", slot, project / "job.xml")
-    assert "a line on stdin" in (project / "result_0").read_text() or (
-        "A LINE ON STDIN" in (project / "result_0").read_text())
+    run("--project", project, slot / "job.xml")
+    assert (project / "result_0").read_text() == (
+        "worker: 16 bytes on stdin, 12 bytes in the file\nworker: used 1 CPU seconds\n")
     assert (project / "result_1").exists()
     assert (slot / "out").read_text()
-    assert "HostMain" not in done.stdout
+    assert not (slot / "stdout_HostMain").exists()  # superseded: nothing was started
 
 
 # -- packages ----------------------------------------------------------------------------------

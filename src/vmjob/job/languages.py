@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from vmjob.errors import InputMissing, InputUnreadable
+from vmjob.job.links import resolved
 from vmjob.job.markup import MAX_BYTES, Document, Element, parse, shown
 from vmjob.job.reading import Finding, Level, Reading, Surroundings
 
@@ -16,11 +17,13 @@ __all__ = ["read_bytes", "read_file"]
 def read_file(path: Path, where: Surroundings | None = None) -> Reading:
     """Read the job file at ``path``: vbox_job.xml, job.xml in both dialects, or TOML.
 
+    In a slot it may be one of BOINC's links to it.
+
     ``where`` defaults to the file's own directory, without a project. What is wrong inside the file
     is a finding; `InputMissing` or `InputUnreadable` is raised where there is no file to read:
     missing, not a regular one, or not ours to read.
     """
-    data = _content(path)
+    data = _content(resolved(path))
     return read_bytes(data, where or Surroundings(path.absolute().parent),
                       is_toml=path.suffix.lower() == ".toml")
 
