@@ -18,6 +18,7 @@ from vmjob.engine.folderside import (
     Journal,
     Outgoing,
     Sent,
+    full_disk,
     link_target,
     make_directories,
     pack,
@@ -405,7 +406,8 @@ class Mirror:
             try:
                 now = place(parent, staged, number, name, found[1],
                             self._links[name][0] if name in self._links else None,
-                            functools.partial(self._journal.note, name))
+                            functools.partial(self._journal.note, name),
+                            no_soft_link=self.folder.links)
             except OSError as error:
                 self._warn_once(f"{self.folder.name}: {name!r} cannot be written: "
                                 f"{error.strerror}")
@@ -555,21 +557,29 @@ class Mirror:
     def _prepare(self) -> None:
         """Make the directory, and put there what belongs there first."""
         folder = self.folder
-        folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, text in folder.texts.items():
-            path = folder.source / check_path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            write_new(path, text.encode())
-        for source in folder.copies:
-            target = folder.source / source.name
-            if target.exists() or target.is_symlink():
-                continue
-            real = link_target(source, self._base) or source
-            content = real.read_bytes()
-            if INIT_DATA in (source.name, real.name):
-                content = self._redact(content)
-            write_new(target, content, real.stat().st_mode)
+        try:
+            with full_disk():
+                folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for name, text in folder.texts.items():
+                    path = folder.source / check_path(name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.unlink(missing_ok=True)
+                    write_new(path, text.encode())
+                for source in folder.copies:
+                    self._copy(source, folder.source / source.name)
+        except OSError as error:
+            raise InputUnreadable(f"cannot make the folder {folder.name!r} in {folder.source}: "
+                                  f"{error.filename}: {error.strerror}") from error
+
+    def _copy(self, source: Path, target: Path) -> None:
+        if target.exists() or target.is_symlink():
+            return
+        real = link_target(source, self._base) or source
+        mode = real.stat().st_mode
+        if INIT_DATA in (source.name, real.name):
+            write_new(target, self._redact(real.read_bytes()), mode)
+        else:
+            write_new(target, real, mode)
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned and len(self._warned) < 100:

@@ -22,10 +22,11 @@ from vmjob.guest.agent.folders import DIRECTORY, STAGED, Stamp, open_below, stam
 from vmjob.guest.agent.tree import TreeError, TreeSender, record
 from vmjob.guest.agent.wire import MAX_REQUEST_PIECE
 
-__all__ = ["Journal", "Outgoing", "Sent", "link_target", "pack", "place", "staging", "write_new"]
+__all__ = ["Journal", "Outgoing", "Sent", "full_disk", "link_target", "make_directories", "pack",
+           "place", "staging", "write_new"]
 
-#: A file of BOINC's that stands for another: ``<soft_link>PATH</soft_link>``.
-SOFT_LINK = re.compile(rb"\s*<soft_link>([^<\r\n]+)")
+#: A file of BOINC's that stands for another: ``<soft_link>PATH</soft_link>`` in its first line.
+SOFT_LINK = re.compile(rb"[^\r\n]*<soft_link>([^<\r\n]+)")
 #: Longest one, bytes.
 MAX_SOFT_LINK = 4096
 #: Longest file whose content goes into the guest otherwise than it is, bytes.
@@ -54,14 +55,21 @@ def link_target(path: Path, base: Path) -> Path | None:
     return None
 
 
-def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """A file that appears whole; one that is there already is left alone."""
+def write_new(path: Path, content: bytes | Path, mode: int = 0o600) -> None:
+    """A file that appears whole, with some content or that of another file.
+
+    One that is there already is left alone.
+    """
     staged = path.with_name(STAGED + os.urandom(8).hex())
-    with _full_disk():
+    with full_disk():
         try:
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:
-                file.write(content)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, file)
                 os.fchmod(fd, mode & 0o777 | 0o600)
             with contextlib.suppress(FileExistsError):
                 os.link(staged, path)
@@ -182,18 +190,21 @@ def staging(folder: Path) -> Iterator[tuple[int, str]]:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def place(parent: int, staged: str, number: int, name: str, size: int,
-          target: Path | None, note: Callable[[Stamp], None]) -> Stamp | None:
+def place(parent: int, staged: str, number: int, name: str, size: int, target: Path | None,
+          note: Callable[[Stamp], None], *, no_soft_link: bool) -> Stamp | None:
     """Give a staged file its name (or that of ``target``); what it is now, None for not at all.
 
-    ``note`` is called before it has that name.
+    ``note`` is called before it has that name. With ``no_soft_link``, what BOINC would take for a
+    link has no place here (`OSError`): its maker would choose which file of this computer is read.
     """
     source = open_below(f"/proc/self/fd/{parent}/{staged}", "", os.O_RDONLY)
     try:
         found = stamp(os.stat(str(number), dir_fd=source, follow_symlinks=False))
         if found is None or found[:2] != ("f", size):
             return None
-        with _full_disk():
+        if no_soft_link and _is_soft_link(source, str(number)):
+            raise OSError(errno.ELOOP, "it would be a link", name)
+        with full_disk():
             if target is not None:
                 return _write_through(source, str(number), target, note)
             above = make_directories(parent, name.rpartition("/")[0])
@@ -207,6 +218,14 @@ def place(parent: int, staged: str, number: int, name: str, size: int,
         return found
     finally:
         os.close(source)
+
+
+def _is_soft_link(directory: int, name: str) -> bool:
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return SOFT_LINK.match(os.read(fd, MAX_SOFT_LINK)) is not None
+    finally:
+        os.close(fd)
 
 
 def make_directories(parent: int, path: str) -> int:
@@ -261,7 +280,8 @@ def _write_through(source: int, name: str, target: Path, note: Callable[[Stamp],
 
 
 @contextlib.contextmanager
-def _full_disk() -> Iterator[None]:
+def full_disk() -> Iterator[None]:
+    """Turn what the kernel says of a full disk into `HostDiskFull`."""
     try:
         yield
     except OSError as error:
@@ -288,7 +308,7 @@ class Journal:
         self.came[name] = became
         if self._path is None:
             return
-        with _full_disk(), _unusable(self._path):
+        with full_disk(), _unusable(self._path):
             if self._lines > 2 * len(self.came) + 1000:
                 self._shorten(self._path)
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW

@@ -30,6 +30,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def process_time(self) -> float:
+        return 0.0
+
 
 class LocalGuest:
     """Stands for an `AgentClient`; its folder is ``root``."""

@@ -15,7 +15,14 @@ import pytest
 
 from tests.unit.engine.both_sides import Both, both, rest, session, text, until
 from tests.unit.guest.test_transfer import OK, Peer
-from vmjob.errors import AgentProtocol, FolderFull, HostDiskFull, HostError, VmjobError
+from vmjob.errors import (
+    AgentProtocol,
+    FolderFull,
+    HostDiskFull,
+    HostError,
+    InputUnreadable,
+    VmjobError,
+)
 from vmjob.guest.agent.folders import MAX_TOLD
 from vmjob.guest.agent.tree import TreeReceiver
 from vmjob.guest.agent.wire import MAX_DEPTH
@@ -251,3 +258,23 @@ async def test_a_parcel_that_was_not_asked_for_is_refused(tmp_path: Path,
         transfer.close()
         peer.join()
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
+
+
+async def test_a_guest_makes_no_links_of_boincs(both: Both, tmp_path: Path) -> None:
+    """It would choose a file of this computer, to be brought to it with the next round."""
+    (tmp_path / "private").write_text("private")
+    mirror = both.mirror(links=True, journal=tmp_path / "journal")
+    await mirror.fill()
+    (both.guest / "evil").write_text(f"<soft_link>{tmp_path / 'private'}</soft_link>")
+    (both.guest / "evil too").write_text(f"x<soft_link>{tmp_path / 'private'}</soft_link>\n" * 99)
+    await rest(mirror)
+    await mirror.collect()
+    assert list(both.host.iterdir()) == []
+    again = both.mirror(links=True, known=mirror.known(), journal=tmp_path / "journal")
+    await rest(again)
+    assert (text(both.guest / "evil") or "").startswith("<soft_link>")
+
+
+async def test_an_input_that_is_not_there_is_told(both: Both, tmp_path: Path) -> None:
+    with pytest.raises(InputUnreadable, match="missing"):
+        await both.mirror(copies=(tmp_path / "missing",)).fill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import stat
@@ -327,3 +328,36 @@ async def test_a_newer_trigger_of_that_name_is_not_lost(both: Both) -> None:
     assert await mirror.remove("trigger", version)
     assert text(both.guest / "trigger") == "another"
     await until(mirror, lambda: text(both.host / "trigger") == "another")
+
+
+async def test_the_jobs_own_directory_can_be_a_folder(both: Both) -> None:
+    (both.host / "in").write_text("in")
+    mirror = both.mirror(destination="")
+    await mirror.fill()
+    assert text(both.guest.parent / "in") == "in"
+    (both.guest.parent / "out").write_text("out")
+    await until(mirror, lambda: text(both.host / "out") == "out")
+
+
+async def test_what_came_after_a_checkpoint_is_not_the_hosts_doing(both: Both,
+                                                                   tmp_path: Path) -> None:
+    """The guest goes back: it gets no file of its own future, but all that the host did."""
+    mirror = both.mirror(journal=tmp_path / "journal")
+    await mirror.fill()
+    known = json.loads(json.dumps(mirror.known()))
+    (both.guest / "future").write_text("x")
+    (both.guest / "changed here").write_text("x")
+    await until(mirror, lambda: (both.host / "future").exists()
+                and (both.host / "changed here").exists())
+    for path in both.guest.iterdir():
+        path.unlink()
+    await mirror._hear_all()  # so that the agent knows of nothing else, as if it had gone back
+    (both.host / "changed here").write_text("the host's")
+    again = both.mirror(journal=tmp_path / "journal", known=known)
+    await rest(again)
+    assert not (both.guest / "future").exists()
+    assert again.version("future") is None
+    assert text(both.host / "future") == "x"
+    assert text(both.guest / "changed here") == "the host's"
+    (both.guest / "future").write_text("anew")
+    await until(again, lambda: text(both.host / "future") == "anew")

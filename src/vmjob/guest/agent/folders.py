@@ -34,8 +34,8 @@ STAGED = ".vmjob-"
 #: Seconds in which a file must not have changed.
 SETTLE = 0.2
 #: Seconds between looks; more where looks take long.
-PERIOD = 0.3
-#: Looks take this share of a processor at most, but `SMALL` seconds are always granted.
+PERIOD = 0.4
+#: Looks take this share of a processor at most, but those of up to `SMALL` seconds are made anyway.
 SHARE = 0.02
 SMALL = 0.01
 #: Seconds that a look may keep others waiting; then they have a turn, for as long as `PAUSE`.
@@ -86,11 +86,13 @@ class Folder:
         self._look: Generator[None, None, None] | None = None
         self._visited: set[str] = set()
         self._at_once = False
+        #: Seconds of a processor that the look under way took so far, and those before.
         self._cost = 0.0
+        self._costs: list[float] = []
+        self._full = False
         #: When the next look may begin, and the next at what changes.
         self._due = 0.0
         self._settle_due = 0.0
-        self._debt = 0.0
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -104,6 +106,8 @@ class Folder:
         self._close()
         self._at_once = at_once
         self._look = self._walk()
+        self._full = True
+        self._cost = 0.0
 
     def work(self, seconds: float) -> None:
         """Look for so many seconds, if it is time for it."""
@@ -115,14 +119,15 @@ class Folder:
                 self._look = self._settle()
         if self._look is None:
             return
+        used = time.process_time()
         try:
             while time.monotonic() - begun < seconds:
                 next(self._look)
         except StopIteration:
             self._look = None
-            self._pay(begun)
-        else:
-            self._cost += time.monotonic() - begun
+        self._cost += time.process_time() - used
+        if self._look is None:
+            self._pay()
 
     def wait(self) -> float:
         """Seconds until there can be something new to ask for."""
@@ -131,14 +136,16 @@ class Folder:
         due = min(self._due, self._settle_due) if self._changing else self._due
         return max(PAUSE, due - time.monotonic())
 
-    def _pay(self, begun: float) -> None:
-        """Count what a look took, all its slices together: the next one has to wait for it."""
-        now = time.monotonic()
-        cost = self._cost + now - begun
+    def _pay(self) -> None:
+        """After a look at everything, wait for the next as long as that is worth."""
+        if self._full:
+            # The least of some: a busy computer's other programs count as ours in a guest.
+            self._costs = [*self._costs[-3:], self._cost]
+            cost = min(self._costs)
+            if cost > SMALL:
+                self._due = max(self._due, time.monotonic() + cost / SHARE)
+        self._full = False
         self._cost = 0.0
-        if cost > SMALL:
-            self._debt = max(self._debt, now) + cost / SHARE
-        self._due = max(self._due, self._debt, now)
 
     def _walk(self) -> Generator[None, None, None]:
         """A look at everything; it is over when this is."""
@@ -167,8 +174,7 @@ class Folder:
         for name in list(self._changing):
             self._look_at(name)
             yield
-        # What is changing all the time has to wait for its turn.
-        self._settle_due = max(time.monotonic() + SETTLE, self._debt)
+        self._settle_due = float("inf")  # once per look: what changes all the time has to wait
 
     def _directory(self, fd: int, prefix: str, depth: int) -> Generator[None, None, None]:
         """Look at the entries of an open directory, and close it."""
