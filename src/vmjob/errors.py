@@ -78,6 +78,14 @@ class BadPath(UsageError):
     standing_advice = "Use a path inside the job's directory, without '..'."
 
 
+class DiskUnusable(UsageError):
+    """A disk image that a job brings cannot be booted from, or would open other files."""
+
+    code = "disk-unusable"
+    standing_advice = ("Give a raw, qcow2 or VDI image that needs no other file: "
+                       "`qemu-img convert -O qcow2 OLD NEW` makes one.")
+
+
 class UnknownMachine(UsageError):
     code = "unknown-machine"
     standing_advice = "`vmjob machine list` shows what there is; `vmjob machine create` makes one."

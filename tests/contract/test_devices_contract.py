@@ -16,7 +16,7 @@ from tests.conftest import lend
 from vmjob.errors import NotSupported, PortTaken, UsageError, WrongState
 from vmjob.guest.client import AgentClient, Stream
 from vmjob.home import Home
-from vmjob.machine.contract import BootParts, Driver, Machine, MachineSpec
+from vmjob.machine.contract import BootParts, Driver, Foreign, Machine, MachineSpec
 from vmjob.machine.fake import FakeDriver, SimulatedDriver
 from vmjob.machine.qemu.driver import QemuDriver
 
@@ -209,3 +209,12 @@ async def test_a_machine_without_a_display_shows_nothing(
             machine.console_address()
         with pytest.raises(NotSupported):
             await machine.screenshot(tmp_path / "screen.png")
+
+
+async def test_a_driver_that_boots_no_disks_says_so(driver: Driver, spec: MachineSpec,
+                                                    tmp_path: Path) -> None:
+    if driver.capabilities.foreign:
+        pytest.skip("this driver boots disks")
+    with pytest.raises(NotSupported):
+        await driver.create(replace(spec, foreign=Foreign(tmp_path / "disk")))
+    assert list(spec.directory.iterdir()) == []

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vmjob.image.store import Image
 
 __all__ = ["BootParts", "Capabilities", "Checkpoint", "ConsoleAddress", "Driver", "Ended",
-           "EndReason", "Machine", "MachineSpec", "Priority", "Saved", "Status", "TEMPLATE_DISK_GB"]
+           "EndReason", "Foreign", "Machine", "MachineSpec", "Priority", "Saved", "Status",
+           "TEMPLATE_DISK_GB"]
 
 
 #: Largest disk of a template's machine, GiB. A copy that is to have a larger one is grown by its
@@ -74,6 +75,7 @@ class Capabilities:
     ``isolated``: the guest cannot reach the host but through its lanes; false for the fake,
     whose jobs are processes of this computer.
     ``display``: a machine can have a screen.
+    ``foreign``: a machine can boot a disk of its user's.
     ``forwards``: ports of this computer can lead to a machine with a network.
     """
 
@@ -84,6 +86,7 @@ class Capabilities:
     templates: bool
     isolated: bool
     display: bool = False
+    foreign: bool = False
     forwards: bool = False
 
 
@@ -105,6 +108,22 @@ class BootParts:
     def of(cls, image: Image) -> BootParts:
         """The parts of an image of the store."""
         return cls(image.digest, image.kernel, image.initrd, image.root, image.scratch)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a machine boots from instead of an image: there is no agent in it, and no lane to it.
+
+    Files of this computer, never written: what the guest writes goes to the machine's directory and
+    is lost with it. ``disk``: a raw, qcow2 or VDI image that needs no other file; ``iso``: a CD,
+    which is booted where there is no disk, or ``iso_first``. ``cache_disk``: a second disk. It
+    starts as a PC does, by its BIOS; `MachineSpec.disk_gb` means nothing for it.
+    """
+
+    disk: Path | None = None
+    iso: Path | None = None
+    iso_first: bool = False
+    cache_disk: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +180,8 @@ class MachineSpec:
     that was proved to work; ``cpu_model`` is ``host`` (whatever is fastest with
     that accelerator), ``baseline`` (one fixed model, so that programs give the same answers
     everywhere) or a model that the hypervisor knows. ``display``: it has a screen and a keyboard;
-    the guest's kernel writes there, too, and the job may (``/dev/tty1``).
+    the guest's kernel writes there, too, and the job may (``/dev/tty1``). ``foreign``: it boots
+    that and not ``boot``; it can be neither a template nor a copy of one.
 
     ``template``: the directory of a frozen machine of which this one is a copy. ``freezable``: it
     is to become such a template itself (see `Machine.freeze`). ``saved``: it continues from there;
@@ -178,6 +198,7 @@ class MachineSpec:
     accelerator: str = "tcg"
     cpu_model: str = "host"
     display: bool = False
+    foreign: Foreign | None = None
     template: Path | None = None
     freezable: bool = False
     saved: Saved | None = None
@@ -198,6 +219,9 @@ class Machine(Protocol):
 
     async def start(self) -> Mapping[str, socket.socket]:
         """Begin to run; returns the host's end of each lane (the caller closes them).
+
+        A machine that boots what its user brings (`MachineSpec.foreign`) has no lanes: `ended` and
+        `console` are all that is heard of it.
 
         Returns when the machine has *begun*; it is ready when the agent answers. Raises
         `MachineStartFailed`, `ProgramMissing`, `QemuTooOld`, `HostDiskFull`, `TemplateUnusable`,
@@ -309,7 +333,8 @@ class Driver(Protocol):
     async def create(self, spec: MachineSpec) -> Machine:
         """Make a machine from an image, a template or a checkpoint; nothing runs yet.
 
-        Raises as `Machine.start` does.
+        Raises as `Machine.start` does; `DiskUnusable` for what `MachineSpec.foreign` names;
+        `NotSupported` for what `Capabilities` does not have.
         """
         ...
 

@@ -61,6 +61,8 @@ class FakeDriver:
         self._faults = faults or Faults()
 
     async def create(self, spec: MachineSpec) -> FakeMachine:
+        if spec.foreign is not None:
+            raise NotSupported("the fake driver boots no disks")
         if spec.template is not None and not is_frozen(spec.template):
             raise TemplateUnusable("the fake machine's memory is not what it was")
         machine = FakeMachine(spec, self._faults)

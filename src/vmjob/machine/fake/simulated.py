@@ -114,6 +114,8 @@ class SimulatedDriver:
         self._steps = steps
 
     async def create(self, spec: MachineSpec) -> SimulatedMachine:
+        if spec.foreign is not None:
+            raise NotSupported("the simulated driver boots no disks")
         machine = SimulatedMachine(spec, self.faults, self._tick, self._steps)
         if spec.saved is not None:
             _state(spec.saved)

@@ -24,6 +24,7 @@ import anyio
 
 from vmjob.errors import (
     CheckpointUnusable,
+    DiskUnusable,
     HostDiskFull,
     MachineDied,
     MachineError,
@@ -52,6 +53,7 @@ from vmjob.machine.contract import (
 from vmjob.machine.qemu import argv, frozen, programs
 from vmjob.machine.qemu.console import Console
 from vmjob.machine.qemu.display import Display
+from vmjob.machine.qemu.foreign import Media, look_at
 from vmjob.machine.qemu.forwards import Forwards
 from vmjob.machine.qemu.monitor import Monitor
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QemuDriver", "QemuMachine"]
 
+GIB = 1 << 30
 #: Memory that is a file of its own is not written into the stream of devices.
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 #: Seconds from SIGKILL until a process must be gone.
@@ -78,23 +81,24 @@ class QemuDriver:
     name = "qemu"
     capabilities = Capabilities(suspend=True, checkpoint=True,
                                 networks=frozenset({"none", "nat"}), console=True, templates=True,
-                                isolated=True, display=True, forwards=True)
+                                isolated=True, display=True, foreign=True, forwards=True)
 
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
         if spec.saved is not None:
             from vmjob.machine.qemu import saving  # not at start-up: most machines never need it
 
-            root, base = saving.boot_parts(spec.saved)
-            nowhere = Path("/")
-            spec = replace(spec, template=None, boot=BootParts("", nowhere, nowhere, root, base))
-        if spec.boot is None:
-            raise WrongState("a QEMU machine needs an image")
+            boot, foreign = saving.source(spec.saved)
+            spec = replace(spec, template=None, boot=boot, foreign=foreign)
         machine = QemuMachine(spec)
-        if spec.template is not None:
+        if spec.foreign is not None:
+            await machine.make_foreign_disks()
+        elif spec.boot is None:
+            raise WrongState("a QEMU machine needs an image")
+        elif spec.template is not None:
             frozen.copy_blank(spec.template, machine.overlay)
         else:
-            await anyio.to_thread.run_sync(frozen.make_disk, machine.overlay, spec.disk_gb)
+            await anyio.to_thread.run_sync(frozen.make_disk, machine.overlay, spec.disk_gb * GIB)
         return machine
 
     def identity(self, spec: MachineSpec) -> dict[str, Any]:
@@ -114,7 +118,8 @@ class QemuDriver:
     async def load(self, spec: MachineSpec) -> QemuMachine:
         """Take up a machine whose overlay exists."""
         machine = QemuMachine(spec)
-        if not machine.overlay.exists():
+        only_cd = spec.foreign is not None and spec.foreign.disk is None
+        if not (spec.directory if only_cd else machine.overlay).exists():
             raise WrongState(f"there is no machine in {spec.directory}")
         return machine
 
@@ -137,6 +142,7 @@ class QemuMachine:
         self._merging: asyncio.Future[None] | None = None
         self._forwards: Forwards | None = None
         self._display: Display | None = None
+        self._media: Media | None = None
         self._saver: saving.Saver | None = None
 
     # -- the contract --------------------------------------------------------------------------
@@ -158,13 +164,15 @@ class QemuMachine:
     async def _start(self, source: frozen.Opened | saving.Opened | None,
                      ) -> Mapping[str, socket.socket]:
         binary = programs.find(programs.system_binary())
+        await self._look_at_disks()  # again: hours may have passed since it was made
+        names = () if self._media else LANES
         ours: dict[str, socket.socket] = {}
         theirs: dict[str, socket.socket] = {}
-        for name in ("monitor", "console", *LANES):
+        for name in ("monitor", "console", *names):
             ours[name], theirs[name] = socket.socketpair()
         try:
             fds = argv.Descriptors(theirs["monitor"].fileno(), theirs["console"].fileno(),
-                                   {name: theirs[name].fileno() for name in LANES},
+                                   {name: theirs[name].fileno() for name in names},
                                    source.memory if source else None,
                                    source.layers if source else ())
             inherited = [sock.fileno() for sock in theirs.values()]
@@ -172,7 +180,7 @@ class QemuMachine:
                 inherited += [fd for fd in (source.memory, *source.layers) if fd is not None]
             if isinstance(source, frozen.Opened):
                 inherited.append(source.devices)
-            command = argv.command_line(binary, self.spec, self.overlay, fds)
+            command = argv.command_line(binary, self.spec, self.overlay, fds, self._media)
             self._keep("argv.json", json.dumps(command, indent=1))
             await self._spawn(command, inherited)
         except BaseException:
@@ -187,7 +195,7 @@ class QemuMachine:
         self._console = Console(ours["console"], self.spec.directory / "console.log")
         self._monitor = Monitor(self.spec.id, self._kill)
         self._ended = asyncio.get_running_loop().create_task(self._watch())
-        lanes = {name: ours[name] for name in LANES}
+        lanes = {name: ours[name] for name in names}
         began = False
         try:
             await self._monitor.connect(ours["monitor"])
@@ -229,7 +237,7 @@ class QemuMachine:
         await self._before_its_end(self._monitor.resumed())
         if self.spec.disk_gb > TEMPLATE_DISK_GB:
             await self._monitor.execute("block_resize", **{
-                "node-name": argv.DISK, "size": self.spec.disk_gb << 30})
+                "node-name": argv.DISK, "size": self.spec.disk_gb * GIB})
 
     async def _restore(self, saved: saving.Opened) -> None:
         """Load a checkpoint's state into the waiting QEMU; returns when the guest runs."""
@@ -270,8 +278,10 @@ class QemuMachine:
         from vmjob.machine.qemu import saving
 
         monitor = self._running_monitor()
+        disk = self._media.disk if self._media else None
+        size = disk.size if disk else self.spec.disk_gb * GIB
         async with self._checkpointing:
-            saver = self._saver = self._saver or saving.Saver(self.spec, self.overlay)
+            saver = self._saver = self._saver or saving.Saver(self.spec, self.overlay, size)
             await self._end_merging(patience=saving.MERGE_PATIENCE if saver.crowded else 0)
             try:
                 return await unbroken(
@@ -338,7 +348,7 @@ class QemuMachine:
             raise MachineError("QEMU did not end after it wrote the machine's state") from None
         await anyio.to_thread.run_sync(frozen.dig_holes, self.spec.directory / frozen.MEMORY)
         await anyio.to_thread.run_sync(frozen.make_disk, self.spec.directory / frozen.BLANK,
-                                       self.spec.disk_gb)
+                                       self.spec.disk_gb * GIB)
         return frozen.FILES
 
     async def suspend(self) -> None:
@@ -393,11 +403,23 @@ class QemuMachine:
                 "accelerator": self.spec.accelerator,
                 "cpu_model": argv.cpu_model(self.spec.accelerator, self.spec.cpu_model),
                 "machine_type": argv.MACHINE.partition(",")[0],
-                "started_from": "image" if self.spec.template is None else "template",
+                "started_from": "disk" if self.spec.foreign else (
+                    "template" if self.spec.template else "image"),
                 "memory_mb": self.spec.memory_mb, "cpus": self.spec.cpus,
                 "disk_gb": self.spec.disk_gb, "network": self.spec.network}
 
     # -- inside ----------------------------------------------------------------------------------
+
+    async def make_foreign_disks(self) -> None:
+        """Make the overlays of what a user brings; raises `DiskUnusable`."""
+        if self.spec.template is not None or self.spec.freezable:
+            raise WrongState("a machine that boots its user's disk is no template, nor a copy")
+        media = await self._look_at_disks()
+        assert media is not None
+        for disk, name in ((media.disk, self.overlay.name), (media.cache, argv.CACHE_FILE)):
+            if disk is not None:
+                await anyio.to_thread.run_sync(
+                    frozen.make_disk, self.overlay.with_name(name), disk.size)
 
     @property
     def pid(self) -> int | None:
@@ -420,6 +442,16 @@ class QemuMachine:
         if self._monitor is None or self._status not in (Status.RUNNING, Status.SUSPENDED):
             raise WrongState(f"the machine is {self._status}, not running")
         return self._monitor
+
+    async def _look_at_disks(self) -> Media | None:
+        if self.spec.foreign is not None:
+            try:
+                self._media = await anyio.to_thread.run_sync(look_at, self.spec.foreign)
+            except DiskUnusable as error:
+                if self.spec.saved is None:
+                    raise
+                raise CheckpointUnusable(f"a checkpoint cannot be read: {error.message}") from error
+        return self._media
 
     def _running_display(self) -> Display:
         self._running_monitor()

@@ -66,9 +66,9 @@ def opened(template: Path, memory_mb: int) -> Iterator[Opened]:
         yield found
 
 
-def make_disk(path: Path, size_gb: int) -> None:
-    """Make an empty overlay; raises `HostDiskFull`, `MachineStartFailed`."""
-    command = argv.overlay_command(programs.find("qemu-img"), path, size_gb)
+def make_disk(path: Path, size: int) -> None:
+    """Make an empty overlay of so many bytes; raises `HostDiskFull`, `MachineStartFailed`."""
+    command = argv.overlay_command(programs.find("qemu-img"), path, size)
     try:
         done = run_tool(command, TOOL_DEADLINE, text=True, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:

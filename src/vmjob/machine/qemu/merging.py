@@ -47,15 +47,15 @@ def first_to_merge(sizes: list[int]) -> int | None:
 
 
 async def merge(monitor: Monitor, layers: list[str], below: str, above: tuple[str, Path],
-                merged: tuple[str, Path], size_gb: int) -> None:
+                merged: tuple[str, Path], size: int) -> None:
     """Make ``merged`` (its node, its file) of the nodes ``layers``, lowest first.
 
     ``below`` is the node that the lowest lies on; ``above`` is the one on the highest, with its
-    file. All but ``merged`` and those two are then gone from QEMU. When it fails, or is cancelled,
-    everything is as it was. Raises `MachineError`, `OSError`.
+    file; ``size`` of the disk in bytes. All but ``merged`` and those two are then gone from QEMU.
+    When it fails, or is cancelled, everything is as it was. Raises `MachineError`, `OSError`.
     """
     node, path = merged
-    await anyio.to_thread.run_sync(frozen.make_disk, path, size_gb)
+    await anyio.to_thread.run_sync(frozen.make_disk, path, size)
     nodes = argv.layer(node, str(path), "qcow2", read_only=False, backing=layers[-1])
     placed = False
     try:

@@ -2,6 +2,7 @@
 
     root, base, memory, layer0...   of the image and the template: links, or copies where the
                                     checkpoint is on another file system
+    base, cd                        of what the user brought instead, likewise
     NAME.pages, NAME.index          memory (see `pages`)
     NAME.devices                    the state of all devices
     NAME.disk, NAME.merged          layers of the machine's disk: one per checkpoint; several
@@ -34,9 +35,10 @@ from vmjob.errors import (
     CheckpointUnusable,
     HostDiskFull,
     MachineError,
+    NotSupported,
 )
 from vmjob.host.priority import lower_disk_priority
-from vmjob.machine.contract import Checkpoint, MachineSpec, Saved
+from vmjob.machine.contract import BootParts, Checkpoint, Foreign, MachineSpec, Saved
 from vmjob.machine.qemu import argv, frozen, merging
 from vmjob.machine.qemu.monitor import Monitor
 from vmjob.machine.qemu.pages import PageTable, read_index
@@ -58,28 +60,35 @@ MERGED = ".merged"
 
 
 class _State(msgspec.Struct):
-    """`Checkpoint.state`: names in the checkpoint directory; layers lowest first."""
+    """`Checkpoint.state`: names in the checkpoint directory; layers lowest first.
+
+    ``root`` is None for a machine that booted from its user's disk; ``cd`` and ``cd_first`` are of
+    such a one.
+    """
 
     format: int
     machine_type: str
-    root: str
+    root: str | None
     base: str
     memory: str | None
     layers: list[str]
     pages: list[str]
     index: str
     devices: str
+    cd: str | None = None
+    cd_first: bool = False
 
     def files(self) -> tuple[str, ...]:
-        fixed = [self.root, self.base, *([self.memory] if self.memory else [])]
+        fixed = [name for name in (self.root, self.base, self.cd, self.memory) if name]
         return (*fixed, *self.layers, *self.pages, self.index, self.devices)
 
 
 class Saver:
     """Takes the checkpoints of one machine, one at a time."""
 
-    def __init__(self, spec: MachineSpec, overlay: Path) -> None:
+    def __init__(self, spec: MachineSpec, overlay: Path, disk_bytes: int) -> None:
         self._spec = spec
+        self._disk_bytes = disk_bytes
         self._state: _State | None = None
         self._table: PageTable | None = None
         #: The node and file that the guest writes to; layers below it that are not in the
@@ -186,7 +195,7 @@ class Saver:
         node = f"merged-{Path(old[-1]).stem}"
         await merging.merge(monitor, [self._nodes[name] for name in old],
                             self._nodes[rest[-1]] if rest else "base", self._active, (node, made),
-                            self._spec.disk_gb)
+                            self._disk_bytes)
         self._merged = made
         for name in old:
             del self._nodes[name]
@@ -206,12 +215,14 @@ class Saver:
         self._nodes[self._active[1].name], self._active = self._active[0], (node, path)
 
     async def _add_disk(self, monitor: Monitor, node: str, path: Path) -> None:
-        await anyio.to_thread.run_sync(frozen.make_disk, path, self._spec.disk_gb)
+        await anyio.to_thread.run_sync(frozen.make_disk, path, self._disk_bytes)
         for options in argv.layer(node, str(path), "qcow2", read_only=False):
             await monitor.execute("blockdev-add", **options)
 
     def _link_base(self, directory: Path) -> _State:
         """What every checkpoint of this machine needs, in its directory."""
+        if self._spec.foreign:
+            return self._link_foreign(self._spec.foreign, directory)
         assert self._spec.boot is not None
         _link(self._spec.boot.root, directory / "root")
         _link(self._spec.boot.scratch, directory / "base")
@@ -222,6 +233,15 @@ class Saver:
             _link(self._spec.template / frozen.OVERLAY, directory / TEMPLATE_LAYER)
             self._nodes[TEMPLATE_LAYER] = "layer0"
         return _State(FORMAT, "", "root", "base", memory, layers, [], "", "")
+
+    def _link_foreign(self, foreign: Foreign, directory: Path) -> _State:
+        if foreign.disk is None or foreign.cache_disk is not None:
+            raise NotSupported("only a machine with one disk can be kept in a checkpoint")
+        _link(foreign.disk.resolve(), directory / "base")
+        if foreign.iso is not None:
+            _link(foreign.iso.resolve(), directory / "cd")
+        return _State(FORMAT, "", None, "base", None, [], [], "", "",
+                      "cd" if foreign.iso else None, foreign.iso_first)
 
     def _keep(self, directory: Path, name: str, base: _State, table: PageTable, devices: Devices,
               machine_type: str, still: float, written: int) -> Checkpoint:
@@ -296,10 +316,14 @@ def feed(sock: socket.socket, pieces: Iterator[bytes]) -> None:
             sock.sendall(piece)
 
 
-def boot_parts(saved: Saved) -> tuple[Path, Path]:
-    """The image's root and base disk, as a checkpoint keeps them."""
-    state = _state(saved)
-    return saved.directory / state.root, saved.directory / state.base
+def source(saved: Saved) -> tuple[BootParts | None, Foreign | None]:
+    """What the machine booted from, as a checkpoint keeps it: an image, or its user's disks."""
+    state, directory = _state(saved), saved.directory
+    if state.root is None:
+        cd = directory / state.cd if state.cd else None
+        return None, Foreign(directory / state.base, cd, state.cd_first)
+    nowhere = Path("/")
+    return BootParts("", nowhere, nowhere, directory / state.root, directory / state.base), None
 
 
 def _state(saved: Saved) -> _State:
