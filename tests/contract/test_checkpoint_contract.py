@@ -21,7 +21,14 @@ import psutil
 import pytest
 
 from tests.conftest import lend, open_descriptors
-from vmjob.errors import CheckpointFailed, CheckpointUnusable, HostDiskFull, WrongState
+from vmjob.errors import (
+    CheckpointFailed,
+    CheckpointNewer,
+    CheckpointUnusable,
+    HostDiskFull,
+    VmjobError,
+    WrongState,
+)
 from vmjob.guest.client import AgentClient, Identity, TaskEnd
 from vmjob.home import Home
 from vmjob.image.store import Image
@@ -395,7 +402,8 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-async def is_unusable(driver: Driver, spec: MachineSpec) -> None:
+async def is_unusable(driver: Driver, spec: MachineSpec,
+                      kind: type[VmjobError] = CheckpointUnusable) -> None:
     """Such a machine is refused when it is made, or when it is started."""
     spec.directory.mkdir()
     made: list[Machine] = []
@@ -405,7 +413,7 @@ async def is_unusable(driver: Driver, spec: MachineSpec) -> None:
         await made[0].start()
 
     try:
-        with pytest.raises(CheckpointUnusable):
+        with pytest.raises(kind):
             await use()
     finally:
         for machine in made:
@@ -444,11 +452,13 @@ async def test_a_state_that_is_not_a_checkpoints_is_refused(driver: Driver, spec
                                                             kept: Path) -> None:
     async with running(driver, spec) as (machine, client):
         good = (await keep(machine, kept, "1")).checkpoint.state
-    for bad in ({}, {**good, "format": 1000}, {**good, "format": "1"},
-                json.loads(json.dumps(good).replace('"1.', '"../1.'))):
+    kinds: dict[int, type[VmjobError]] = {1: CheckpointNewer}
+    for number, bad in enumerate((
+            {}, {**good, "format": 1000, "layers": "new"}, {**good, "format": "1"},
+            json.loads(json.dumps(good).replace('"1.', '"../1.')))):
         await is_unusable(driver, replace(
             spec, id="m2", directory=spec.directory.with_name("m2"), boot=None, template=None,
-            saved=Saved(kept, bad)))
+            saved=Saved(kept, bad)), kinds.get(number, CheckpointUnusable))
 
 
 async def test_a_machine_that_does_not_run_is_not_kept(driver: Driver, spec: MachineSpec,

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import anyio
 import pytest
+from qemu.qmp import QMPClient
 
 import vmjob
+from vmjob.errors import CheckpointFailed, MachineError
 from vmjob.guest.client import Stream
 from vmjob.home import Home
-from vmjob.machine.qemu import taking
+from vmjob.machine.qemu import monitor, taking
 from vmjob.machine.qemu.pages import PageWriter
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vm]
@@ -117,6 +119,80 @@ async def test_layers_of_the_disk_do_not_pile_up(vm_home: Home, tmp_path: Path) 
     async with vmjob.AsyncMachine.restore(tmp_path / "slot", home=vm_home.root) as machine:
         said = await machine.run(["cat", "written"])
         assert said.stdout_text.split() == [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["done", "not done"])
+async def test_a_disk_snapshot_without_an_answer_holds_up_no_job(
+        vm_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
+    """Whether QEMU has made it or not is looked up."""
+    offsets: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+    unanswered = 1
+
+    async def execute(self: QMPClient, command: str, arguments: object = None,
+                      oob: bool = False) -> object:
+        nonlocal unanswered
+        if command != "blockdev-snapshot" or not unanswered:
+            return await real(self, command, arguments, oob)
+        unanswered -= 1
+        if done:
+            await real(self, command, arguments, oob)
+        return await anyio.sleep_forever()
+
+    real = QMPClient.execute
+    monkeypatch.setattr(QMPClient, "execute", execute)
+    monkeypatch.setattr(monitor, "DEADLINE", 5.0)
+    async with vmjob.AsyncMachine.create(memory_mb=256, accel="tcg", slot=tmp_path / "slot",
+                                         priority="normal", home=vm_home.root) as machine:
+        task = await machine.start(["python3", "-c", RESTLESS])
+        await go_on(machine, task, offsets)
+        with anyio.fail_after(60):
+            if done:
+                assert (await machine.checkpoint()).number == 1
+            else:
+                with pytest.raises(CheckpointFailed, match="did not answer blockdev-snapshot"):
+                    await machine.checkpoint()
+        assert unanswered == 0
+        await go_on(machine, task, offsets)
+        await machine.checkpoint()
+    async with vmjob.AsyncMachine.restore(tmp_path / "slot", home=vm_home.root) as machine:
+        await go_on(machine, task, offsets)
+
+
+async def test_a_guest_that_cannot_be_let_go_on_is_ended_and_continued_from_before(
+        vm_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU never ends its clearing up behind a checkpoint that has failed."""
+    offsets: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+
+    async def execute(self: monitor.Monitor, command: str, **arguments: object) -> object:
+        stuck = stuck_from and stuck_from.issubset({*done, command})
+        done.append(command)
+        if stuck and command == "migrate-continue":
+            raise MachineError("QEMU refused migrate-continue")
+        if stuck and command == "cont":
+            raise MachineError("QEMU refused cont: the block device is not finalized")
+        return await real(self, command, **arguments)
+
+    done: list[str] = []
+    stuck_from: set[str] = set()
+    real = monitor.Monitor.execute
+    monkeypatch.setattr(monitor.Monitor, "execute", execute)
+    async with vmjob.AsyncMachine.create(memory_mb=256, accel="tcg", slot=tmp_path / "slot",
+                                         priority="normal", home=vm_home.root) as machine:
+        task = await machine.start(["python3", "-c", RESTLESS])
+        await go_on(machine, task, offsets)
+        await machine.checkpoint()
+        before = dict(offsets)
+        await go_on(machine, task, offsets)
+        monkeypatch.setattr(taking, "FINISH", 3.0)
+        done.clear()
+        stuck_from.add("migrate-continue")
+        with anyio.fail_after(60), pytest.raises(CheckpointFailed):
+            await machine.checkpoint()
+        assert "killed" in await machine.ended()
+    stuck_from.clear()
+    async with vmjob.AsyncMachine.restore(tmp_path / "slot", home=vm_home.root) as machine:
+        assert machine.warnings == []
+        await go_on(machine, task, before)
 
 
 def layers(slot: Path) -> Mapping[str, int]:

@@ -368,7 +368,8 @@ async def _let_others_run() -> None:
 
 
 def _state(saved: Saved) -> _State:
-    if saved.state.get("format", 0) > FORMAT:
+    said = saved.state.get("format")
+    if isinstance(said, int) and said > FORMAT:
         raise CheckpointNewer("a checkpoint that was made by a newer vmjob")
     try:
         state = msgspec.convert(dict(saved.state), _State)
