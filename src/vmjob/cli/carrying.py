@@ -126,14 +126,20 @@ async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Con
         survival = Survival(slot, how.every, how.slot_limit and how.slot_limit * MIB)
     facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
              "kernel": image.manifest.kernel_version}
-    request = Request(job, QemuDriver(), replace(shape, priority=how.priority), facts,
+    shape = replace(shape, priority=how.priority, display=job.hardware.screen)
+    request = Request(job, QemuDriver(), shape, facts,
                       {"accelerator_why": why},
                       hashes=how.as_json, cold=how.cold, survival=survival, control=control,
                       keep=Path("vmjob-failed").absolute() if how.keep else None,
                       remote_ports=how.remote_ports)
     if how.prepare_only:
         return await _prepare(home, request)
-    record = await run_job(home, request, grid)
+    if not job.tasks:
+        from vmjob.engine.foreign import run_foreign
+
+        record = await run_foreign(home, request, grid)
+    else:
+        record = await run_job(home, request, grid)
     doubt(home, shape, record.error)
     return record
 

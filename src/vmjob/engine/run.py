@@ -15,6 +15,7 @@ import anyio.to_thread
 
 from vmjob.engine.clock import RunClock
 from vmjob.engine.control import Control
+from vmjob.engine.devices import fill_mailbox, read_mailbox, show_screen, take_picture
 from vmjob.engine.life import Life, State
 from vmjob.engine.output import Output
 from vmjob.engine.record import Record, describe_output, exit_code_of
@@ -99,6 +100,10 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
             if session.cold_because:
                 grid.warning(f"the machine was booted, not copied: {session.cold_because}")
             async with session.explaining():
+                hardware = request.job.hardware
+                isolated = request.driver.capabilities.isolated
+                if hardware.display:
+                    show_screen(session, grid)
                 if request.job.forwards:
                     from vmjob.engine.ports import open_ports
 
@@ -107,6 +112,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 if generation is None:
                     life.enter(State.INPUTS)
                     await _put_inputs(session, request.job, grid)
+                    await fill_mailbox(session, hardware, isolated=isolated)
                     if sharing is not None:
                         await sharing.fill()
                 life.enter(State.RUN)
@@ -114,11 +120,16 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                     await _run_tasks(home, request, grid, life, session, record, generation,
                                      sharing)
                 except JobError:
+                    if hardware.screenshot is not None:
+                        await take_picture(session, hardware.screenshot, grid)
                     if sharing is not None:  # what there is of its files explains the failure
                         with contextlib.suppress(VmjobError):
                             await sharing.collect()
                     raise
+                if record.exit_code != 0 and hardware.screenshot is not None:
+                    await take_picture(session, hardware.screenshot, grid)
                 life.enter(State.OUTPUTS)
+                await read_mailbox(session, hardware, grid, isolated=isolated)
                 if sharing is not None:
                     await sharing.collect()
                 await _get_outputs(session, request.job, grid, record)

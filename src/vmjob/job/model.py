@@ -127,7 +127,7 @@ class Hardware:
     ``disk``: the job's own disk image, which is booted instead of a vmjob image; ``iso``: the same
     on a CD, ``iso_first``: both, the CD first. ``cache_disk``: a second disk. ``mailbox``: what the
     first half of a 28 KiB floppy disk holds. ``display``: a screen, to be seen over VNC from this
-    computer with a password; ``screenshots``: a picture of it is kept when the job fails.
+    computer with a password; ``screenshot``: where a picture of it goes when the job fails.
     """
 
     disk: Path | None = None
@@ -136,7 +136,12 @@ class Hardware:
     cache_disk: Path | None = None
     mailbox: bytes | None = None
     display: bool = False
-    screenshots: bool = False
+    screenshot: Path | None = None
+
+    @property
+    def screen(self) -> bool:
+        """Whether a machine needs a screen for it."""
+        return self.display or self.screenshot is not None
 
 
 @dataclass(frozen=True)

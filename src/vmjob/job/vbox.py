@@ -70,6 +70,8 @@ NOT_SHARED = (
     "vbox_replay.txt", "vbox_screenshot.png", "vm_image*.vdi", "vm_cache.vdi",
     "vm_isocontext.iso", "vm_floppy*.img")
 
+#: The name that vboxwrapper gives to the picture.
+SCREENSHOT = "vbox_screenshot.png"
 #: The mode of a program is lost where a file went through a project's server; /bin/sh also runs a
 #: script that lacks its first line.
 BOINC_APP = ("/bin/sh", "-c", "chmod +x ./boinc_app; exec ./boinc_app")
@@ -427,7 +429,8 @@ def _hardware(given: _Given, where: Surroundings, findings: list[Finding]) -> Ha
         disk=disk, iso=image, iso_first=both and image is not None and disk is not None,
         cache_disk=cache, mailbox=_mailbox(given, where, findings),
         display=given.on("enable_remotedesktop"),
-        screenshots=given.on("enable_screenshots_on_error"))
+        screenshot=(where.directory / SCREENSHOT if given.on("enable_screenshots_on_error")
+                    else None))
 
 
 def _media(directory: Path, name: str, findings: list[Finding], line: int | None,

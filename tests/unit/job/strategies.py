@@ -68,7 +68,7 @@ forwards = st.builds(Forward, guest_port=st.integers(1, 65535), host_port=st.int
 hardware = st.builds(
     Hardware, disk=maybe(paths), iso=maybe(paths), iso_first=st.booleans(), cache_disk=maybe(paths),
     mailbox=maybe(st.one_of(st.binary(max_size=20), raw.map(str.encode))),
-    display=st.booleans(), screenshots=st.booleans())
+    display=st.booleans(), screenshot=maybe(paths))
 jobs = st.builds(
     Job, tasks=st.lists(tasks, min_size=1, max_size=3).map(tuple).filter(
         lambda all_: not all(task.daemon for task in all_)),

@@ -111,7 +111,8 @@ FIELDS: dict[str, tuple[str, str, Any]] = {
                      "<guest_port>22</guest_port><nports>2</nports></port_forward>"), "forwards",
                      (Forward(22, 5000), Forward(23, 5001))),
     "enable_remotedesktop": ("<enable_remotedesktop/>", "hardware.display", True),
-    "enable_screenshots_on_error": ("<enable_screenshots_on_error/>", "hardware.screenshots", True),
+    "enable_screenshots_on_error": ("<enable_screenshots_on_error/>", "hardware.screenshot",
+                                    NOWHERE.directory / "vbox_screenshot.png"),
     "enable_floppyio": ("<enable_floppyio/>", "hardware.mailbox", b""),
 }
 #: Elements whose effect needs files, or has a test of its own below.

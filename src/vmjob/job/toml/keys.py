@@ -179,7 +179,7 @@ HARDWARE = Table("[hardware]", Hardware, (
     Key("mailbox", Kind.RAW, "what the first half of a 28 KiB floppy disk holds", empty=True),
     Key("mailbox_base64", Kind.TEXT, "the same, where it is not text", empty=True),
     Key("display", Kind.BOOLEAN, "a screen, to be seen over VNC"),
-    Key("screenshots", Kind.BOOLEAN, "a picture of the screen is kept when the job fails"),
+    Key("screenshot", Kind.PATH, "where a picture of the screen goes when the job fails"),
 ))
 
 JOB = Table("", Job, (

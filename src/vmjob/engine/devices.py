@@ -1,0 +1,43 @@
+"""What some jobs want of their machine beyond the ordinary, while they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmjob.engine.mailbox import Mailbox
+from vmjob.engine.session import Session
+from vmjob.errors import VmjobError
+from vmjob.grid.contract import Grid
+from vmjob.job.model import Hardware
+
+__all__ = ["fill_mailbox", "read_mailbox", "show_screen", "take_picture"]
+
+
+def show_screen(session: Session, grid: Grid) -> None:
+    """Tell where the machine's screen can be seen; another process of it has another password."""
+    address = session.machine.console_address()
+    grid.address("console", f"vnc://{address.host}:{address.port}, password {address.password}")
+
+
+async def fill_mailbox(session: Session, hardware: Hardware, *, isolated: bool) -> None:
+    """Before the first task: make the mailbox, with the host's note in it."""
+    if hardware.mailbox is not None:
+        await Mailbox(session.client, isolated=isolated).put(hardware.mailbox)
+
+
+async def read_mailbox(session: Session, hardware: Hardware, grid: Grid, *,
+                       isolated: bool) -> None:
+    """After the last task: pass on what the job left there for the host."""
+    if hardware.mailbox is not None:
+        note = await Mailbox(session.client, isolated=isolated).read()
+        if note is not None:
+            grid.message(f"mailbox: {note.decode('utf-8', 'replace')}")
+
+
+async def take_picture(session: Session, path: Path, grid: Grid) -> None:
+    """Keep what is on the screen of a job that failed; if that fails too, it is no matter."""
+    try:
+        await session.machine.screenshot(path)
+        grid.warning(f"a picture of the machine's screen is in {path}")
+    except VmjobError as error:
+        grid.warning(f"no picture of the machine's screen: {error.message}")
