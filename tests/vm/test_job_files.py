@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import lend
+from tests.vm.test_foreign import disk
 from vmjob.home import Home
 from vmjob.image.store import Image
 
@@ -247,6 +248,54 @@ def test_a_package_is_there_for_one_job(tmp_path: Path) -> None:
           'run = "sh -c \'tool; other\'"\n', none__toml='memory_mb = 256\nrun = "tool"\n')
     assert run(tmp_path / "job.toml").stdout == "the tool runs as job\nthe other too\n"
     run(tmp_path / "none.toml", expect=127)
+
+
+# -- devices -----------------------------------------------------------------------------------
+
+VNC_AND_MAILBOX = """memory_mb = 256
+
+[[task]]
+run = ["python3", "-c", '''
+import sys
+with open("/dev/fd0", "r+b", buffering=0) as mailbox:
+    print(mailbox.read(28672)[:9])
+    mailbox.seek(14335)
+    mailbox.write(b"for the host" + bytes(14323) + bytes([0, 1]))
+sys.exit(5)
+''']
+
+[hardware]
+mailbox = "for guest"
+display = true
+screenshot = "screen.png"
+"""
+
+
+@pytest.mark.usefixtures("vm_home")
+@pytest.mark.timeout(PATIENCE)
+def test_a_job_has_the_devices_that_it_asks_for(tmp_path: Path) -> None:
+    write(tmp_path, job__toml=VNC_AND_MAILBOX)
+    done = run("--events", tmp_path / "events", tmp_path / "job.toml", expect=5)
+    assert done.stdout == "b'for guest'\n"
+    told = events(tmp_path / "events")
+    assert "mailbox: for the host" in [
+        each["text"] for each in told if each["event"] == "message"]
+    (where,) = [each["where"] for each in told if each["event"] == "address"]
+    assert where.startswith("vnc://127.0.0.1:")
+    assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("vm_home")
+@pytest.mark.timeout(PATIENCE)
+def test_a_job_may_be_a_whole_disk(tmp_path: Path) -> None:
+    disk(tmp_path / "own.vdi", kind="vdi")
+    write(tmp_path, job__toml='memory_mb = 128\n[hardware]\ndisk = "own.vdi"\n',
+          late__toml='memory_mb = 128\ntime_limit = 0.2\n[hardware]\ndisk = "own.vdi"\n',
+          over__toml='memory_mb = 128\nduration = 0.2\n[hardware]\ndisk = "own.vdi"\n')
+    assert run(tmp_path / "job.toml").stdout.rstrip("\n").endswith("WXYZ")
+    assert "[time-limit]" in run(tmp_path / "late.toml", expect=125).stderr
+    run(tmp_path / "over.toml")
+    assert not list(tmp_path.glob("own.vdi.*"))
 
 
 # -- our own examples --------------------------------------------------------------------------
