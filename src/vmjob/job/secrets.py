@@ -28,8 +28,10 @@ def redacted(init_data: str) -> str:
     tag has no end, all of its line is taken out. A second call changes nothing.
     """
     kept, values = _without_secrets(init_data)
-    for value in sorted(values, key=len, reverse=True)[:_MOST_VALUES]:
-        kept = kept.replace(value, "")
+    if values:
+        # Not in the names of tags: a password may be called like one.
+        known = "|".join(map(re.escape, sorted(values, key=len, reverse=True)[:_MOST_VALUES]))
+        kept = re.sub(rf"(<\s*/?\s*[^\s<>]*)|{known}", lambda match: match[1] or "", kept)
     return _TAGS_ON_ONE_LINE.sub(r"\1\n", kept)
 
 
@@ -46,7 +48,8 @@ def _without_secrets(text: str) -> tuple[str, set[str]]:
             if not match[1] or name != inside[2].lower():
                 continue
             value = text[inside.end():match.start()].strip()
-            if len(value) >= _LONG_ENOUGH:
+            value = value.removeprefix("<![CDATA[").removesuffix("]]>")
+            if len(value) >= _LONG_ENOUGH and not set("<>") & set(value):
                 values.add(value)
             position, inside = match.start(), None
         elif not match[1] and match.start() >= position:

@@ -59,8 +59,10 @@ INIT_DATA = "init_data.xml"
 WITHOUT_DISK = "without a disk image of its own the job runs boinc_app in vmjob's"
 
 #: What a slot that is shared as a whole keeps to itself: the client's files, vboxwrapper's, ours.
-#: Names at its top, ``*`` for any characters. Not `boinc_*`: boinc_app is the job.
+#: Names at its top, ``*`` for any characters. Not `boinc_*`: boinc_app is the job. This file too: a
+#: guest that rewrites it would grant itself a network when the job is continued.
 NOT_SHARED = (
+    "vbox_job.xml",
     "boinc_mmap_file", "boinc_lockfile", "boinc_setup_complete", "boinc_finish_called",
     "boinc_temporary_exit", "boinc_task_state.xml", "boinc_ufr_*", "boinc_ufs_*", "lockfile",
     "stderr.txt", "graphics_status.xml", "trickle_up.xml", "trickle_down_*", "vmjob",

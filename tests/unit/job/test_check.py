@@ -203,7 +203,7 @@ def test_the_codes_are_those_that_the_readers_use() -> None:
 def makes_a_finding(call: ast.Call) -> bool:
     """Whether a call makes one: it is given a level, or is one of the short cuts of a reader."""
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    return name in {"Finding", "_add", "_find", "_give_up", "_refused"} or any(
+    return name in {"Finding", "_add", "_find", "_give_up", "_refused", "no"} or any(
         isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name)
         and each.value.id == "Level" for each in call.args)
 

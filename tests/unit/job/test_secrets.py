@@ -24,7 +24,7 @@ KEY = "0123456789abcdef0123456789abcdef"
     "<a>1</a>\n<{0}>{1}</{0}>\n<b/>", "<{0}>\n{1}\n</{0}>", "<{0} x='1'>{1}</ {0} >", "<{0}>{1}",
     "<{0}>{1}\n<b/>", "<{0}><![CDATA[{1}]]></{0}>", "<{0}>a<x>{1}</x></{0}>",
     "<{0}>{1}</{0}><{0}>{1}</{0}>", "<x>{1}</x><{0}>{1}</{0}><prefs key={1}>",
-    "<{0}>a<{0}>{1}</{0}>", "</{0}><{0}>{1}"])
+    "<{0}>a<{0}>{1}</{0}>", "</{0}><{0}>{1}", "<x>{1}</x><{0}><![CDATA[{1}]]></{0}>"])
 def test_no_secret_is_left_however_it_is_written(name: str, form: str) -> None:
     text = redacted(form.format(name, KEY))
     assert KEY not in text
@@ -41,6 +41,16 @@ def test_all_else_is_left_and_each_tag_begins_its_line() -> None:
         "<vm_extensions_disabled>0</vm_extensions_disabled>\n<user_total_credit>3.5"
         "</user_total_credit>\n<x/>\n<user_name>Ada</user_name>\n"
         "<host_info>\n    <timezone>28800</timezone>\n</host_info>\n</app_init_data>\n")
+
+
+def test_markup_inside_a_secret_is_taken_out_there_and_not_elsewhere() -> None:
+    assert redacted("<authenticator>\n<a></a></authenticator>\n<a></a>") == (
+        "<authenticator></authenticator>\n<a></a>")
+
+
+def test_a_password_that_is_the_name_of_a_tag_breaks_no_tag() -> None:
+    assert redacted("<http_user_passwd>userid</http_user_passwd>\n<userid>7</userid> userid") == (
+        "<http_user_passwd></http_user_passwd>\n<userid>7</userid> ")
 
 
 @given(st.lists(st.sampled_from(["<authenticator>", "</authenticator>", "<http_user_passwd>", "\n",

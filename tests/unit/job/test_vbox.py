@@ -199,7 +199,7 @@ def test_a_shared_slot_keeps_the_clients_files_to_itself_but_not_boinc_app() -> 
                                   "graphics_status.xml", "vm_image_1.vdi", "vbox_job.xml")
                 if any(Path(name).match(pattern) for pattern in folder.without)}
     assert left_out == {"boinc_lockfile", "boinc_mmap_file", "stderr.txt", "boinc_ufr_out", "vmjob",
-                        "graphics_status.xml", "vm_image_1.vdi"}
+                        "graphics_status.xml", "vm_image_1.vdi", "vbox_job.xml"}
 
 
 def test_the_projects_folder_is_seen_and_its_scratch_is_written() -> None:
@@ -452,6 +452,12 @@ def test_what_does_nothing_by_itself_is_reported(body: str) -> None:
     reading = read(body)
     assert [code for level, _, code in found(reading) if level == "warning"] == ["no-effect"]
     assert found(read("<copy_cmdline_to_shared/>", shared=False))[-1][2] == "no-effect"
+
+
+def test_a_duration_decides_the_fraction_done() -> None:
+    body = "<fraction_done_filename>a</fraction_done_filename>"
+    assert job_of(body).triggers.fraction_done == "a"
+    assert job_of(body + "<job_duration>9</job_duration>").triggers.fraction_done is None
 
 
 def test_checkpoints_more_than_a_day_apart_are_worth_a_note() -> None:
