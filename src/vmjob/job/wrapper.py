@@ -283,7 +283,7 @@ def _patterns(block: Element, plan: _Plan) -> None:
             log = re.search(pattern, "stderr.txt")
         except (re.error, OverflowError, RecursionError, MemoryError) as error:
             plan.say(Level.ERROR, element.line, "bad-pattern",
-                     f"{shown(element.text)} is not a regular expression: {error}")
+                     f"{shown(element.text)} is not a regular expression: {shown(str(error))}")
             continue
         if log and pattern not in {".*", ".", ""}:
             plan.say(Level.NOTE, element.line, "log-not-zipped",

@@ -216,6 +216,8 @@ def test_a_name_that_is_not_unicode_is_refused_when_it_is_to_be_written() -> Non
     ("run = 'a'\nfolder = [1]", 2, "wrong-value", "two brackets"),
     ("run = 'a'\ntriggers = 1", 2, "wrong-value", "[triggers]"),
     ("run = 'a'\nenv = {}", 2, "unknown-key", ""),
+    ("run = 'a'\n[[folder]]\nname = '..'\nsource = 'x'", 3, "wrong-value", "destination"),
+    ("run = 'a'\n\"x\\ny\" = 1", 2, "unknown-key", "x\ufffdy"),
     ("x = " + "[" * 5000, 0, "syntax", "cannot be read"),
     ("run = 'a'\n" + ".".join("a" * 400) + " = 1", 2, "too-large", "dots"),
     ("x = " + "9" * 5000, 0, "syntax", "cannot be read"),
@@ -237,6 +239,7 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
 
 def test_what_is_odd_and_no_error_is_a_warning() -> None:
     for text, code in [("run = 'a | b'", "no-shell"),
+                       (f"run = 'a'\ninputs = ['{'x' * 5000}']", "input-missing"),
                        ("run = 'a'\ninputs = ['x']", "input-missing"),
                        ("run = 'a'\n[triggers]\ncompletion = 'x'", "needs-shared")]:
         finding = only(text)
@@ -280,6 +283,7 @@ def test_no_file_crashes_the_reader(data: bytes) -> None:
     assert (found.job is None) == any(one.level is Level.ERROR for one in found.findings)
     assert len(found.findings) <= MAX_FINDINGS + 1
     for one in found.findings:
+        assert (one.what + one.instead).isprintable()
         assert 0 <= one.line <= data.count(b"\n") + data.count(b"\r") + 1
 
 

@@ -256,6 +256,7 @@ def test_no_file_crashes_the_reader(data: bytes, closed: bool) -> None:
     found = read(data if closed else data[:-7], NOWHERE)
     assert (found.job is None) == any(one.level is Level.ERROR for one in found.findings)
     assert {one.code for one in found.findings} <= CODES.keys()
+    assert all((one.what + one.instead).isprintable() for one in found.findings)
 
 
 @pytest.mark.skipif(not os.environ.get("VMJOB_TEST_INPUTS"), reason="needs real files")
