@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -156,4 +157,4 @@ def project_of(where: Surroundings) -> Path | None:
     if where.project is not None:
         return where.project
     beside = where.directory / "project"
-    return beside if beside.is_dir() else None
+    return beside if os.path.isdir(beside) else None  # noqa: PTH112 (never raises)

@@ -8,7 +8,6 @@ is done otherwise, a finding says so.
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, field, replace
 
 from vmjob.job import values
@@ -281,12 +280,10 @@ def _patterns(block: Element, plan: _Plan) -> None:
             continue
         pattern = python_pattern(values.text(element, plan.findings))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                log = re.compile(pattern).search("stderr.txt")
+            log = re.search(pattern, "stderr.txt")
         except (re.error, OverflowError, RecursionError, MemoryError) as error:
             plan.say(Level.ERROR, element.line, "bad-pattern",
-                     f"{shown(element.text)} is not a regular expression: {error}")
+                     f"{shown(element.text)} is not a regular expression: {shown(str(error))}")
             continue
         if log and pattern not in {".*", ".", ""}:
             plan.say(Level.NOTE, element.line, "log-not-zipped",

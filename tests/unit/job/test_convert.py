@@ -31,6 +31,9 @@ def test_what_was_converted_is_the_same_job(content: str, tmp_path: Path) -> Non
     assert convert(str(source), "-o", str(made)).exit_code == 0
     assert read_file(made).job == read_file(source).job
     assert read_file(made).language == "toml"
+    beside = tmp_path / "beside.toml"
+    assert convert(str(source), "-o", str(beside)).exit_code == 0
+    assert str(tmp_path) not in beside.read_text()
 
 
 def test_without_a_file_it_is_printed_for_the_current_directory(

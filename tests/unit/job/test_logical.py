@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.job.strategies import PATIENT
 from vmjob.errors import BadPath
 from vmjob.job.logical import is_there, resolve
 from vmjob.job.reading import Surroundings
@@ -45,11 +46,14 @@ def test_a_file_and_a_symbolic_link_stand_for_themselves(slot: Surroundings) -> 
     (slot.directory / "in").write_text("<soft_links> are another thing")
     (slot.directory / "sym").symlink_to("../../projects/example.org_test/in_1.0")
     assert resolve("in", slot) == slot.directory / "in"
+    (slot.directory / "sym2").symlink_to("in")
     assert resolve("sym", slot) == slot.directory / "sym"
     assert resolve("missing", slot) == slot.directory / "missing"
     assert is_there("in", slot)
     assert is_there("sym", slot)
     assert not is_there("missing", slot)
+    (slot.directory / "in").write_text("<soft_link>/etc/passwd</soft_link>")
+    assert resolve("sym2", slot) == slot.directory / "sym2"
     assert not is_there("a\0b", slot)
 
 
@@ -72,6 +76,7 @@ def test_a_link_is_followed_once(slot: Surroundings) -> None:
     assert resolve("a", slot) == slot.directory / "b"
 
 
+@PATIENT
 @given(st.binary(max_size=60))
 def test_no_content_of_a_file_leads_out(tmp_path_factory: pytest.TempPathFactory,
                                         content: bytes) -> None:

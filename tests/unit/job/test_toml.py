@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.job.strategies import HERE, jobs
+from tests.unit.job.strategies import HERE, PATIENT, jobs
 from vmjob.errors import UsageError
 from vmjob.job.files import Folder, Input, Output
 from vmjob.job.model import Forward, Hardware, Job, Network, OnFlood, Task, Triggers
@@ -151,11 +151,20 @@ def test_every_field_has_a_key(table: Table) -> None:
     assert targets == {each.name for each in dataclasses.fields(table.record)}
 
 
+@PATIENT
 @given(jobs)
 def test_a_job_that_was_written_reads_as_the_same_job(one: Job) -> None:
     text = dump(one, WHERE)
     found = read(text.encode(), WHERE)
     assert found.job == one, (text, found.findings)
+
+
+@pytest.mark.parametrize("text", ['\n"', '\n""', '"""\n""""', '\\\n\\', "\r\n", "\x7f\n\0",
+                                  "é\u2028\n", "", "\n", ' \n\t"\\"', "a\n" + 3 * "'"])
+def test_no_text_is_too_odd_to_be_written(text: str) -> None:
+    one = Job(tasks=(Task(("a", text.replace("\0", ""))),),
+              folders=(Folder("f", HERE, "f", texts={text: text}),))
+    assert read(dump(one, WHERE).encode(), WHERE).job == one
 
 
 def test_what_was_written_is_pleasant_to_read() -> None:
@@ -207,6 +216,8 @@ def test_a_name_that_is_not_unicode_is_refused_when_it_is_to_be_written() -> Non
     ("run = 'a'\nfolder = [1]", 2, "wrong-value", "two brackets"),
     ("run = 'a'\ntriggers = 1", 2, "wrong-value", "[triggers]"),
     ("run = 'a'\nenv = {}", 2, "unknown-key", ""),
+    ("run = 'a'\n[[folder]]\nname = '..'\nsource = 'x'", 3, "wrong-value", "destination"),
+    ("run = 'a'\n\"x\\ny\" = 1", 2, "unknown-key", "x\ufffdy"),
     ("x = " + "[" * 5000, 0, "syntax", "cannot be read"),
     ("run = 'a'\n" + ".".join("a" * 400) + " = 1", 2, "too-large", "dots"),
     ("x = " + "9" * 5000, 0, "syntax", "cannot be read"),
@@ -228,6 +239,7 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
 
 def test_what_is_odd_and_no_error_is_a_warning() -> None:
     for text, code in [("run = 'a | b'", "no-shell"),
+                       (f"run = 'a'\ninputs = ['{'x' * 5000}']", "input-missing"),
                        ("run = 'a'\ninputs = ['x']", "input-missing"),
                        ("run = 'a'\n[triggers]\ncompletion = 'x'", "needs-shared")]:
         finding = only(text)
@@ -262,6 +274,7 @@ WORDS = ["run", "task", "[[", "]]", "[", "]", "{", "}", "=", ".", ",", "\n", '"'
          "#", "1", "nan", "true", "inputs", "outputs", "folder", "triggers", "env", "\\", " "]
 
 
+@PATIENT
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode(
     "utf-8", "surrogatepass")), st.lists(st.sampled_from(WORDS), max_size=40).map(
         lambda words: "".join(words).encode())))
@@ -270,6 +283,7 @@ def test_no_file_crashes_the_reader(data: bytes) -> None:
     assert (found.job is None) == any(one.level is Level.ERROR for one in found.findings)
     assert len(found.findings) <= MAX_FINDINGS + 1
     for one in found.findings:
+        assert (one.what + one.instead).isprintable()
         assert 0 <= one.line <= data.count(b"\n") + data.count(b"\r") + 1
 
 
@@ -292,6 +306,7 @@ def inline(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | float) else str(value)
 
 
+@PATIENT
 @given(st.data())
 def test_no_value_of_any_key_crashes_the_reader(data: st.DataObject) -> None:
     table = data.draw(st.sampled_from([JOB, TASK, FOLDER, TRIGGERS, FORWARD, HARDWARE]))
@@ -352,12 +367,14 @@ def test_the_line_is_the_one_where_it_is_written() -> None:
     assert lines["p", 1, "q", "z"] == 21
 
 
+@PATIENT
 @given(jobs)
 def test_everything_in_a_written_job_has_a_line(one: Job) -> None:
     text = dump(one, WHERE)
     assert set(lines_of(text)) == places(tomllib.loads(text))
 
 
+@PATIENT
 @given(st.lists(st.sampled_from(WORDS), max_size=30).map("".join))
 def test_the_search_for_lines_ends_in_any_text(text: str) -> None:
     assert all(1 <= line <= text.count("\n") + 1 for line in lines_of(text).values())

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.job.strategies import PATIENT
 from vmjob.job.codes import CODES
 from vmjob.job.files import Input, Output
 from vmjob.job.languages import read_bytes
@@ -246,6 +247,7 @@ PIECES = [*(f"<{name}>" for name in sorted(ELEMENTS)), *(f"</{name}>" for name i
           "<!-- -->", "/x", "''"]
 
 
+@PATIENT
 @given(st.one_of(st.binary(max_size=200),
                  st.lists(st.sampled_from(PIECES), max_size=60).map(
                      lambda pieces: ("<job_desc>" + "".join(pieces) + "</job_desc>").encode())),
@@ -254,6 +256,7 @@ def test_no_file_crashes_the_reader(data: bytes, closed: bool) -> None:
     found = read(data if closed else data[:-7], NOWHERE)
     assert (found.job is None) == any(one.level is Level.ERROR for one in found.findings)
     assert {one.code for one in found.findings} <= CODES.keys()
+    assert all((one.what + one.instead).isprintable() for one in found.findings)
 
 
 @pytest.mark.skipif(not os.environ.get("VMJOB_TEST_INPUTS"), reason="needs real files")

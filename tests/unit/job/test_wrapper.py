@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.job.strategies import PATIENT
 from vmjob.job.codes import CODES
 from vmjob.job.files import Folder
 from vmjob.job.job_desc import NOT_THE_JOBS, words
@@ -84,6 +85,7 @@ def test_a_command_line_is_split_as_boinc_does(line: str, split: list[str]) -> N
     assert words(line) == split
 
 
+@PATIENT
 @given(st.text(st.sampled_from("ab \t'\"\\"), max_size=40))
 def test_splitting_keeps_every_letter_but_blanks_and_quotes(line: str) -> None:
     kept = re.sub(r"[\s'\"]", "", "".join(words(line)))
@@ -315,6 +317,7 @@ PIECES = [*(f"<{name}>" for name in sorted(ELEMENTS)), *(f"</{name}>" for name i
           "&#1;", "<!-- -->", "A=1", "1e308"]
 
 
+@PATIENT
 @given(st.one_of(st.binary(max_size=200),
                  st.lists(st.sampled_from(PIECES), max_size=60).map(
                      lambda pieces: ("<job_desc>" + "".join(pieces) + "</job_desc>").encode())),
@@ -323,6 +326,7 @@ def test_no_file_crashes_the_reader(data: bytes, closed: bool) -> None:
     found = read(data if closed else data[:-7], NOWHERE)
     assert (found.job is None) == any(one.level is Level.ERROR for one in found.findings)
     assert {one.code for one in found.findings} <= CODES.keys()
+    assert all((one.what + one.instead).isprintable() for one in found.findings)
     assert [one.line for one in found.findings] == sorted(one.line for one in found.findings)
     if found.job is not None:
         found.job.check()

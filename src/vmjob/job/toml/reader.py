@@ -15,7 +15,7 @@ from vmjob.job.model import Job, Task
 from vmjob.job.reading import Finding, Level, Reading, Surroundings
 from vmjob.job.toml.keys import JOB, Key, Kind, Table
 from vmjob.job.toml.lines import KeyPath, lines_of
-from vmjob.job.toml.values import Desk, Unfit, convert, title
+from vmjob.job.toml.values import Desk, Unfit, check_destination, convert, printable, title
 
 __all__ = ["MOST_BYTES", "read"]
 
@@ -50,7 +50,7 @@ class _Unreadable(Exception):
 
 
 def _refused(line: int, code: str, what: str, instead: str = "") -> _Unreadable:
-    return _Unreadable(Finding(Level.ERROR, line, code, what, instead))
+    return _Unreadable(Finding(Level.ERROR, line, code, printable(what), instead))
 
 
 def _parse(data: bytes) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -157,8 +157,12 @@ def _record(desk: Desk, table: Table, content: dict[str, Any], path: KeyPath) ->
         given["mailbox"] = _bytes(desk, given.pop("mailbox_base64"), (*path, "mailbox_base64"))
     elif "mailbox" in given:
         given["mailbox"] = given["mailbox"].encode()
-    if table.title == "[[folder]]" and "name" in given:
-        given.setdefault("destination", given["name"])
+    if table.title == "[[folder]]" and "name" in given and "destination" not in content:
+        try:
+            given["destination"] = check_destination(given["name"])
+        except Unfit as unfit:
+            desk.say(Level.ERROR, (*path, "name"), "wrong-value", f"{title(path)}: {unfit.args[0]}",
+                     "Say the destination.")
     if desk.errors > before:
         return None
     return table.record(**given)

@@ -16,7 +16,7 @@ from vmjob.job.reading import Finding, Level
 from vmjob.job.toml.keys import SECONDS, SIZES, Key, Kind
 from vmjob.job.toml.lines import KeyPath
 
-__all__ = ["Desk", "Unfit", "convert", "title"]
+__all__ = ["Desk", "Unfit", "check_destination", "convert", "printable", "title"]
 
 #: Findings after which a file is not worth another.
 MAX_FINDINGS = 200
@@ -48,7 +48,14 @@ class Desk:
             level, code, what = Level.ERROR, "too-many", "too much is odd here"
         while path and path not in self.lines:
             path = path[:-1]
-        self.findings.append(Finding(level, self.lines.get(path, 0), code, what, instead))
+        self.findings.append(Finding(level, self.lines.get(path, 0), code, printable(what),
+                                     printable(instead)))
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, whatever names the file has in it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}"
+                   for letter in text)
 
 
 def convert(desk: Desk, key: Key, value: Any, path: KeyPath) -> Any:
@@ -189,10 +196,11 @@ def _path(desk: Desk, key: Key, value: Any, path: KeyPath) -> Path:
 
 def _guest(desk: Desk, key: Key, value: Any, path: KeyPath) -> str:
     text = _text(desk, key, value, path)
-    return _checked(text) if text else text
+    return check_destination(text) if text else text
 
 
-def _checked(text: str) -> str:
+def check_destination(text: str) -> str:
+    """A path of the machine; raises `Unfit`."""
     try:
         return check_guest_path(text)
     except BadPath as error:
@@ -214,9 +222,16 @@ def _input(desk: Desk, key: Key, value: Any, path: KeyPath) -> Input:
     source = desk.directory / text
     if not text or destination.endswith("/"):
         destination += source.name
-    if not source.exists():
+    if not _exists(source):
         desk.say(Level.WARNING, path, "input-missing", f"there is no {str(source)!r} so far")
-    return Input(source, _checked(destination or source.name))
+    return Input(source, check_destination(destination or source.name))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or not ours to look for
+        return False
 
 
 def _outputs(desk: Desk, key: Key, value: Any, path: KeyPath) -> tuple[Output, ...]:
@@ -238,7 +253,7 @@ def _output(desk: Desk, key: Key, value: Any, path: KeyPath) -> Output:
     else:
         source, _, target = _text(desk, key, value, path).partition(":")
         source = source.rstrip("/") or source
-    _checked(source)
+    check_destination(source)
     name = PurePosixPath(source).name
     if not target and source.startswith("/"):
         raise Unfit(f"it does not say where {source!r} goes on this computer",

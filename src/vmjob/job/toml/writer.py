@@ -86,9 +86,8 @@ def _mailbox(name: str, content: bytes | None) -> str | None:
 def _text(value: str, directory: Path | None = None) -> str:
     if "\n" not in value:
         return _on_one_line(value)
+    # One or two quotes may stand before the three that end it.
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\\]", _escape, value).replace('"""', '""\\"')
-    if text.endswith('"'):
-        text = text[:-1] + '\\"'
     return f'"""\n{text}"""'
 
 
