@@ -15,29 +15,27 @@ import msgspec
 
 from vmjob.engine.agreement import Pair, Plan, make_plan, same_content
 from vmjob.engine.folderside import (
+    INIT_DATA,
     Journal,
     Outgoing,
     Sent,
-    full_disk,
     link_target,
     make_directories,
     pack,
     place,
+    prepare,
     staging,
-    write_new,
 )
 from vmjob.errors import AgentProtocol, FolderFull, HostError, InputUnreadable
-from vmjob.guest.agent.folders import CHANGING, DIRECTORY, Stamp, check_path, stamp
+from vmjob.guest.agent.folders import CHANGING, DIRECTORY, Stamp, stamp
 from vmjob.guest.agent.folders import Folder as Look
 from vmjob.guest.agent.parcels import ANYTHING
 from vmjob.guest.client import AgentClient
 from vmjob.guest.folders import split_names
 from vmjob.job.files import Folder
 
-__all__ = ["INIT_DATA", "Mirror"]
+__all__ = ["Mirror"]
 
-#: The file of BOINC's that holds the account's secrets, wherever it lies.
-INIT_DATA = "init_data.xml"
 #: Bytes of one parcel, unless one file alone is larger.
 PARCEL_BYTES = 64 << 20
 #: Answers that tell all of a folder, at most: a guest that always has more is a liar.
@@ -96,6 +94,8 @@ class Mirror:
         self._refused: dict[str, tuple[Stamp, float, float]] = {}
         self._again = SHORTEST
         self._hear_due = 0.0
+        #: The state of both sides at which there was nothing to do.
+        self._rested: object = None
         self._looking = False
         self._lock = anyio.Lock()
         self._warned: set[str] = set()
@@ -129,7 +129,7 @@ class Mirror:
     async def fill(self) -> None:
         """Before the first task: bring everything into the guest."""
         async with self._lock:
-            await anyio.to_thread.run_sync(self._prepare)
+            await anyio.to_thread.run_sync(prepare, self.folder, self._base, self._redact)
             await self._look_at_host(at_once=True)
             self._check_own()
             if self.folder.destination:
@@ -151,7 +151,12 @@ class Mirror:
             if not self._listed:
                 return False
             self._take_up()
-            return await self._carry_out(self._plan(into_guest=True))
+            now = (self._look.version, self._seen, [self._host.get(name) for name in self._links])
+            if now == self._rested:
+                return False
+            plan = self._plan(into_guest=True)
+            self._rested = now if plan == Plan() and not self._over else None
+            return await self._carry_out(plan)
 
     async def keep(self) -> None:
         """`step` for ever, as often as it makes sense."""
@@ -175,6 +180,7 @@ class Mirror:
         async with self._lock:
             if self._agreed.get(name) != version or version.guest is None or version.host is None:
                 return False
+            self._rested = None
             kept = await self._client.folder_remove(
                 self.folder.destination, {name: version.guest}, without=self.folder.without,
                 most=self._most)
@@ -354,16 +360,13 @@ class Mirror:
         count = len(self._host)
         size = sum(each[1] for each in self._host.values())
         fitting, excess = [], []
-        full: set[str] = set()
         for name in names:
             before = self._host.get(name)
             grows = self._guest[name][1] - (before[1] if before else 0)
             more = 0 if before else 1
             if ((more and count >= self.folder.max_files)
-                    or (grows > 0 and size + grows > self.folder.max_bytes)
-                    or name.rpartition("/")[0] in full):
+                    or (grows > 0 and size + grows > self.folder.max_bytes)):
                 excess.append(name)
-                full.add(name)
                 continue
             fitting.append(name)
             count += more
@@ -551,35 +554,6 @@ class Mirror:
                 room -= size
             if batch:
                 yield batch
-
-    # -- before the first task -----------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        """Make the directory, and put there what belongs there first."""
-        folder = self.folder
-        try:
-            with full_disk():
-                folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for name, text in folder.texts.items():
-                    path = folder.source / check_path(name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.unlink(missing_ok=True)
-                    write_new(path, text.encode())
-                for source in folder.copies:
-                    self._copy(source, folder.source / source.name)
-        except OSError as error:
-            raise InputUnreadable(f"cannot make the folder {folder.name!r} in {folder.source}: "
-                                  f"{error.filename}: {error.strerror}") from error
-
-    def _copy(self, source: Path, target: Path) -> None:
-        if target.exists() or target.is_symlink():
-            return
-        real = link_target(source, self._base) or source
-        mode = real.stat().st_mode
-        if INIT_DATA in (source.name, real.name):
-            write_new(target, self._redact(real.read_bytes()), mode)
-        else:
-            write_new(target, real, mode)
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned and len(self._warned) < 100:

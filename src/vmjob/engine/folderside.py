@@ -17,14 +17,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vmjob.errors import HostDiskFull, HostError
-from vmjob.guest.agent.folders import DIRECTORY, STAGED, Stamp, open_below, stamp
+from vmjob.errors import HostDiskFull, HostError, InputUnreadable
+from vmjob.guest.agent.folders import (
+    DIRECTORY,
+    STAGED,
+    Stamp,
+    check_path,
+    open_below,
+    stamp,
+)
 from vmjob.guest.agent.tree import TreeError, TreeSender, record
 from vmjob.guest.agent.wire import MAX_REQUEST_PIECE
+from vmjob.job.files import Folder
 
-__all__ = ["Journal", "Outgoing", "Sent", "full_disk", "link_target", "make_directories", "pack",
-           "place", "staging", "write_new"]
+__all__ = ["INIT_DATA", "Journal", "Outgoing", "Sent", "link_target", "make_directories", "pack",
+           "place", "prepare", "staging"]
 
+#: The file of BOINC's that holds the account's secrets, wherever it lies.
+INIT_DATA = "init_data.xml"
 #: A file of BOINC's that stands for another: ``<soft_link>PATH</soft_link>`` in its first line.
 SOFT_LINK = re.compile(rb"[^\r\n]*<soft_link>([^<\r\n]+)")
 #: Longest one, bytes.
@@ -75,6 +85,34 @@ def write_new(path: Path, content: bytes | Path, mode: int = 0o600) -> None:
                 os.link(staged, path)
         finally:
             staged.unlink(missing_ok=True)
+
+
+def prepare(folder: Folder, base: Path, redact: Callable[[bytes], bytes]) -> None:
+    """Make the directory, and put there what belongs there first."""
+    try:
+        with full_disk():
+            folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name, text in folder.texts.items():
+                path = folder.source / check_path(name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                write_new(path, text.encode())
+            for source in folder.copies:
+                _copy(source, folder.source / source.name, base, redact)
+    except OSError as error:
+        raise InputUnreadable(f"cannot make the folder {folder.name!r} in {folder.source}: "
+                              f"{error.filename}: {error.strerror}") from error
+
+
+def _copy(source: Path, target: Path, base: Path, redact: Callable[[bytes], bytes]) -> None:
+    if target.exists() or target.is_symlink():
+        return
+    real = link_target(source, base) or source
+    mode = real.stat().st_mode
+    if INIT_DATA in (source.name, real.name):
+        write_new(target, redact(real.read_bytes()), mode)
+    else:
+        write_new(target, real, mode)
 
 
 # -- into the guest --------------------------------------------------------------------------

@@ -7,10 +7,16 @@ import mmap
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import vmjob
 from tests.unit.engine.both_sides import Both, both, rest, session, text, tree, until
+from vmjob.engine.folders import Mirror
+from vmjob.home import Home
+from vmjob.job.files import Folder
+from vmjob.machine.fake import SimulatedDriver, SimulatedMachine
 
 __all__ = ["both", "session"]
 pytestmark = pytest.mark.anyio
@@ -361,3 +367,37 @@ async def test_what_came_after_a_checkpoint_is_not_the_hosts_doing(both: Both,
     assert text(both.guest / "changed here") == "the host's"
     (both.guest / "future").write_text("anew")
     await until(again, lambda: text(both.host / "future") == "anew")
+
+
+async def test_an_agent_that_remembers_nothing_is_asked_for_everything(home: Home,
+                                                                       tmp_path: Path) -> None:
+    """As that of a simulated machine, which continues with its files alone."""
+    folder = Folder("shared", tmp_path / "host", "shared")
+    driver = SimulatedDriver()
+
+    def mirror(machine: vmjob.AsyncMachine, known: dict[str, Any] | None = None) -> Mirror:
+        assert machine._session is not None
+        return Mirror(folder, machine._session.client, redact=bytes, warn=lambda text: None,
+                      known=known, journal=tmp_path / "journal")
+
+    def workdir(machine: vmjob.AsyncMachine) -> Path:
+        assert machine._session is not None
+        assert isinstance(machine._session.machine, SimulatedMachine)
+        return machine._session.machine.workdir / "shared"
+
+    async with vmjob.AsyncMachine.create(driver=driver, slot=tmp_path / "slot") as machine:
+        stepped = mirror(machine)
+        await stepped.fill()
+        (workdir(machine) / "a").write_text("a")
+        (workdir(machine) / "b").write_text("b")
+        await until(stepped, lambda: len(list(folder.source.iterdir())) == 2)
+        await machine.checkpoint()
+        known = stepped.known()
+        (workdir(machine) / "a").unlink()
+        await until(stepped, lambda: not (folder.source / "a").exists())
+    (folder.source / "c").write_text("c")
+    async with vmjob.AsyncMachine.restore(tmp_path / "slot", driver=driver) as machine:
+        stepped = mirror(machine, known)
+        await until(stepped, lambda: (workdir(machine) / "c").exists())
+        await rest(stepped)
+        assert sorted(path.name for path in workdir(machine).iterdir()) == ["a", "b", "c"]

@@ -53,8 +53,11 @@ def test_a_small_folder_is_looked_through_again_and_again(tmp_path: Path, clock:
     assert look(folder) == 1
 
 
-def test_looks_that_take_long_are_rare(tmp_path: Path, clock: Clock) -> None:
+def test_looks_that_take_long_are_rare(tmp_path: Path, clock: Clock,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was slow for another reason is not taken for it."""
+    monkeypatch.setattr(folders, "ENTRY", 1.0)
+    (tmp_path / "a").touch()
     folder = Folder(str(tmp_path))
     clock.step = 0.1
     for _ in range(4):
@@ -69,6 +72,16 @@ def test_looks_that_take_long_are_rare(tmp_path: Path, clock: Clock) -> None:
     assert look(folder) == 1
     clock.now += 0.01 / SHARE + 0.1
     assert look(folder) == 1
+
+
+def test_a_folder_of_few_files_is_never_taken_for_a_large_one(tmp_path: Path,
+                                                              clock: Clock) -> None:
+    folder = Folder(str(tmp_path))
+    (tmp_path / "a").touch()
+    clock.step = 10.0
+    for _ in range(5):
+        assert look(folder) == 1
+        clock.now += PERIOD + SETTLE
 
 
 def test_a_file_is_told_when_it_was_the_same_for_a_while(tmp_path: Path, clock: Clock) -> None:
