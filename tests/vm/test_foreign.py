@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 from dataclasses import replace
@@ -225,6 +226,20 @@ async def test_what_was_changed_since_it_was_made_is_refused(spec: MachineSpec,
     with pytest.raises(DiskUnusable):
         await machine.start()
     await machine.destroy()
+
+
+async def test_a_hypervisor_that_was_told_to_end_is_no_system_that_switched_itself_off(
+        spec: MachineSpec, tmp_path: Path) -> None:
+    machine = await QemuDriver().create(
+        replace(spec, foreign=Foreign(disk(tmp_path / "disk", after="@"))))
+    await machine.start()
+    try:
+        assert machine.pid is not None
+        os.kill(machine.pid, signal.SIGTERM)
+        with anyio.fail_after(60):
+            assert (await machine.ended()).reason is EndReason.KILLED
+    finally:
+        await machine.destroy()
 
 
 async def test_load_takes_up_what_create_made(home: Home, tmp_path: Path) -> None:

@@ -231,8 +231,10 @@ async def test_a_full_disk_of_the_host_is_told_and_hangs_nothing(
 
 @pytest.mark.parametrize(("code", "reason", "console", "expected"), [
     (0, "guest-shutdown", "", EndReason.POWERED_OFF),
+    (0, "guest-shutdown", "Kernel panic, then it restarted", EndReason.POWERED_OFF),
     (0, "guest-reset", "vmjob-init: agent ended with status 1", EndReason.RESET),
     (0, "guest-reset", "[1.0] Kernel panic - not syncing: x", EndReason.PANIC),
+    (0, "host-signal", "", EndReason.KILLED), (0, None, "", EndReason.CRASHED),
     (1, None, "", EndReason.CRASHED), (-11, None, "", EndReason.CRASHED),
     (-9, None, "", EndReason.KILLED)])
 def test_every_end_has_its_reason(code: int, reason: str | None, console: str,

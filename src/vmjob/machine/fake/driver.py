@@ -104,8 +104,8 @@ class FakeMachine:
         for name in LANES:
             ours[name], theirs[name] = socket.socketpair()
         try:
-            await self._spawn([sock.fileno() for sock in theirs.values()])
             await self._screen.open()
+            await self._spawn([sock.fileno() for sock in theirs.values()])
         except OSError as error:
             for sock in ours.values():
                 sock.close()
@@ -184,6 +184,7 @@ class FakeMachine:
             try:
                 await self.stop()
             finally:
+                self._screen.close()
                 shutil.rmtree(self.spec.directory, ignore_errors=True)
                 self._status = Status.DESTROYED
 

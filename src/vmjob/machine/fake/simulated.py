@@ -163,6 +163,7 @@ class SimulatedMachine:
             if self.faults.restore is not None:
                 raise CheckpointUnusable(self.faults.restore)
             known = self._restore(self.spec.saved)
+        await self._screen.open()
         ours: dict[str, socket.socket] = {}
         theirs: dict[str, socket.socket] = {}
         for name in LANES:
@@ -173,7 +174,6 @@ class SimulatedMachine:
                             failed=self._failed, over=self._over)
         if known is not None:
             self._guest.restore(known)
-        await self._screen.open()
         self._status = Status.RUNNING
         return ours
 

@@ -516,6 +516,9 @@ def explain_end(asked: bool, code: int, reason: str | None, console: str, messag
     """Why a machine's process ended, from all that is known about it."""
     if asked:
         return Ended(EndReason.ASKED, "the machine was stopped")
+    # A machine that may restart can have done so after a panic, and ended well.
+    if code == 0 and reason == "guest-shutdown":
+        return Ended(EndReason.POWERED_OFF, "the machine switched itself off")
     if "Kernel panic" in console:
         line = console[console.index("Kernel panic"):].partition("\n")[0]
         return Ended(EndReason.PANIC, f"the machine's kernel gave up: {line[:200]}")
@@ -523,8 +526,9 @@ def explain_end(asked: bool, code: int, reason: str | None, console: str, messag
         said = [line for line in console.splitlines() if "vmjob-init:" in line]
         cause = said[-1].partition("vmjob-init:")[2].strip() if said else "it restarted itself"
         return Ended(EndReason.RESET, f"the machine ended: {cause[:200]}")
-    if code == 0 and reason is not None:
-        return Ended(EndReason.POWERED_OFF, "the machine switched itself off")
+    if code == 0 and reason == "host-signal":
+        return Ended(EndReason.KILLED, "somebody told QEMU to end, as happens when this computer "
+                     "is switched off")
     if code == -signal.SIGKILL:
         return Ended(EndReason.KILLED, "QEMU was killed (signal 9): by somebody, or because this "
                      "computer was out of memory")
