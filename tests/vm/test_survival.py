@@ -106,14 +106,16 @@ def test_a_killed_qemu_is_told_and_the_job_can_be_continued(field: Field) -> Non
     ended_well(field)
 
 
-@pytest.mark.parametrize("kind", ["restore spawn setpriv", "restore qmp migrate-incoming",
-                                  "restore agent GET /hello"])
+@pytest.mark.parametrize("kind", [
+    "restore spawn setpriv", "restore qmp migrate-set-capabilities",
+    "restore qmp migrate-incoming", "restore agent GET /hello"])
 def test_an_interrupted_restore_leaves_nothing_and_loses_nothing(field: Field, kind: str) -> None:
     interrupted(field)
     before = sorted(path.name for path in (field.slot / "checkpoints").iterdir()
                     if path.suffix == ".json")
     outcome = field.run(Strike(kind, 1, "SIGINT"))
     assert (outcome.code, outcome.reached) == (130, True), outcome.stderr
+    assert outcome.stderr == f"vmjob: stopped; continue with: vmjob run --resume {field.slot}\n"
     assert field.left() == []
     assert {path.name for path in field.slot.iterdir()} == {
         "job.json", "stdin", "stdout", "stderr", "checkpoints", "lock"}
