@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.campaign.kills import Field, Outcome, Strike
+from tests.campaign.steps import Step, golden, struck
 from tests.conftest import eventually
 from vmjob.home import Home
 
@@ -76,6 +77,24 @@ def test_a_killed_job_ends_with_the_right_answer(field: Field, strikes: list[Str
     assert case.wrong == []
     assert [run.reached for run in case.runs if run.strike] == [True] * len(strikes)
     assert any(run.told("continues") for run in case.runs) or len(strikes) == 1
+
+
+#: A few of the numbered steps of `script/campaign steps`, which goes through all of them.
+NUMBERED = [
+    (Step("first", "checkpoint link base", 1), "self"),
+    (Step("first", "checkpoint rename N.json", 1), "both"),
+    (Step("resumed", "restore qmp cont", 1), "qemu"),
+    (Step("stopped", "stop checkpoint sync checkpoints", 2), "self"),
+    (Step("stopped", "stop checkpoint qmp migrate-continue", 1), "qemu"),
+]
+
+
+def test_a_kill_at_a_numbered_step_costs_no_answer(field: Field, tmp_path: Path) -> None:
+    golden(field, tmp_path / "golden")
+    for step, mode in NUMBERED:
+        case = struck(field, tmp_path / "golden", step, mode)
+        assert case.wrong == [], (step, mode)
+        assert case.runs[0].reached, (step, mode)
 
 
 @pytest.mark.parametrize("mode", ["SIGTERM", "SIGSTOP", "SIGTSTP"])
