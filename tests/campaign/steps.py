@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.campaign.kills import Case, Field, Outcome, Strike
 
-__all__ = ["MODES", "Step", "campaign", "golden", "kept_in", "numbered"]
+__all__ = ["MODES", "Step", "campaign", "golden", "kept_in", "numbered", "struck"]
 
 MODES = ("self", "qemu", "both")
 #: The step before which SIGTERM comes.

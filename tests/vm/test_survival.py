@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.campaign.kills import Field, Outcome, Strike
+from tests.campaign.steps import Step, golden, struck
 from tests.conftest import eventually
 from vmjob.home import Home
 
@@ -78,6 +79,24 @@ def test_a_killed_job_ends_with_the_right_answer(field: Field, strikes: list[Str
     assert any(run.told("continues") for run in case.runs) or len(strikes) == 1
 
 
+#: A few of the numbered steps of `script/campaign steps`, which goes through all of them.
+NUMBERED = [
+    (Step("first", "checkpoint link base", 1), "self"),
+    (Step("first", "checkpoint rename N.json", 1), "both"),
+    (Step("resumed", "restore qmp cont", 1), "qemu"),
+    (Step("stopped", "stop checkpoint sync checkpoints", 2), "self"),
+    (Step("stopped", "stop checkpoint qmp migrate-continue", 1), "qemu"),
+]
+
+
+def test_a_kill_at_a_numbered_step_costs_no_answer(field: Field, tmp_path: Path) -> None:
+    golden(field, tmp_path / "golden")
+    for step, mode in NUMBERED:
+        case = struck(field, tmp_path / "golden", step, mode)
+        assert case.wrong == [], (step, mode)
+        assert case.runs[0].reached, (step, mode)
+
+
 @pytest.mark.parametrize("mode", ["SIGTERM", "SIGSTOP", "SIGTSTP"])
 def test_a_signal_loses_nothing(field: Field, mode: str) -> None:
     """SIGTERM: a last checkpoint, from which it goes on. Stopped: it goes on when it is woken."""
@@ -106,14 +125,16 @@ def test_a_killed_qemu_is_told_and_the_job_can_be_continued(field: Field) -> Non
     ended_well(field)
 
 
-@pytest.mark.parametrize("kind", ["restore spawn setpriv", "restore qmp migrate-incoming",
-                                  "restore agent GET /hello"])
+@pytest.mark.parametrize("kind", [
+    "restore spawn setpriv", "restore qmp migrate-set-capabilities",
+    "restore qmp migrate-incoming", "restore agent GET /hello"])
 def test_an_interrupted_restore_leaves_nothing_and_loses_nothing(field: Field, kind: str) -> None:
     interrupted(field)
     before = sorted(path.name for path in (field.slot / "checkpoints").iterdir()
                     if path.suffix == ".json")
     outcome = field.run(Strike(kind, 1, "SIGINT"))
     assert (outcome.code, outcome.reached) == (130, True), outcome.stderr
+    assert outcome.stderr == f"vmjob: stopped; continue with: vmjob run --resume {field.slot}\n"
     assert field.left() == []
     assert {path.name for path in field.slot.iterdir()} == {
         "job.json", "stdin", "stdout", "stderr", "checkpoints", "lock"}

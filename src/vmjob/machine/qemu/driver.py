@@ -263,8 +263,8 @@ class QemuMachine:
             self._kill()  # it takes what is fed no more: so the feeding ends, too
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([feeding])
-            if isinstance(caught, Exception) and not feeding.cancelled() and (
-                    error := feeding.exception()):
+            error = None if feeding.cancelled() else feeding.exception()  # now it was heard of
+            if isinstance(caught, Exception) and error:
                 raise error from None
             raise
         await monitor.execute("cont")
