@@ -292,7 +292,8 @@ def test_a_job_may_be_a_whole_disk(tmp_path: Path) -> None:
     write(tmp_path, job__toml='memory_mb = 128\n[hardware]\ndisk = "own.vdi"\n',
           late__toml='memory_mb = 128\ntime_limit = 0.2\n[hardware]\ndisk = "own.vdi"\n',
           over__toml='memory_mb = 128\nduration = 0.2\n[hardware]\ndisk = "own.vdi"\n')
-    assert run(tmp_path / "job.toml").stdout.rstrip("\n").endswith("WXYZ")
+    said = run(tmp_path / "job.toml").stdout
+    assert "".join(letter for letter in said.partition("Disk")[2] if letter.isalpha()) == "WXYZ"
     assert "[time-limit]" in run(tmp_path / "late.toml", expect=125).stderr
     run(tmp_path / "over.toml")
     assert not list(tmp_path.glob("own.vdi.*"))

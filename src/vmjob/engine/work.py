@@ -18,7 +18,7 @@ from vmjob.engine.peeking import peek
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record, exit_code_of
 from vmjob.engine.session import Session, beside
-from vmjob.errors import AgentProtocol, JobError, TimeLimit, VmjobError
+from vmjob.errors import AgentProtocol, GuestRefused, JobError, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.job.model import Job, OnFlood, Task
@@ -59,7 +59,9 @@ class Work:
         self._output = output
         self._clock = clock
         self._number: int | None = None
-        self._daemons: list[int] | None = None
+        #: The agent's numbers of the daemons that were started, in their order.
+        self._daemons: list[int] = []
+        self._ended: list[anyio.Event] = []
         #: Run time of the job when the task that runs began, seconds.
         self._since = 0.0
         self._offsets: dict[Literal["stdout", "stderr"], int] = {}
@@ -97,7 +99,7 @@ class Work:
             list(self._record.tasks), self._number,
             {str(stream): count for stream, count in received.items()},
             {stream: self._base[stream] + count for stream, count in received.items()},
-            self._clock.seconds, client.messages_seen, list(self._daemons or ()), self._since)
+            self._clock.seconds, client.messages_seen, list(self._daemons), self._since)
 
     def end(self, verdict: Verdict | VmjobError) -> None:
         """The job is over, whatever its tasks do; `run` then returns, or raises the error."""
@@ -108,17 +110,23 @@ class Work:
     async def run(self) -> None:
         """Run the tasks in order; the first that fails is the last, unless it may."""
         self._session.client.on_message(self._heard)
-        await self._start_daemons()
         async with contextlib.AsyncExitStack() as watches:
-            ended = [anyio.Event() for _ in self._daemons or ()]
-            for index, number in enumerate(self._daemons or ()):
-                await watches.enter_async_context(
-                    beside(self._watch_daemon(index, number, ended[index])))
-            await self._run_tasks()
-            await self._end_daemons(ended)
+            for number in self._daemons:
+                await self._watch(watches, number)
+            await self._run_tasks(watches)
+            await self._end_daemons()
 
-    async def _run_tasks(self) -> None:
-        for task in self._tasks[len(self._record.tasks):]:
+    async def _run_tasks(self, watches: contextlib.AsyncExitStack) -> None:
+        done, daemons = len(self._record.tasks), len(self._daemons)
+        for task in self._job.tasks:
+            if task.daemon:
+                daemons -= 1
+                if daemons < 0:
+                    await self._start_daemon(watches, task)
+                continue
+            done -= 1
+            if done >= 0:
+                continue
             if self._verdict is None:
                 await self._one(task)
             if self._verdict is not None:
@@ -156,6 +164,8 @@ class Work:
         async with self.steady:
             if self._number is None:
                 self._since = self._clock.seconds
+                if task.fraction_file is not None:
+                    await self._remove(task.fraction_file)
                 self._number = await self._start(task, feeds)
             self._grid.task(task.title, len(self._record.tasks) + 1, len(self._tasks))
         number = self._number
@@ -179,18 +189,27 @@ class Work:
                           file_bytes=task.file_bytes, processes=task.processes),
             stdin=feeds, wait=0.0 if feeds or task.daemon else SHORT_COMMAND)
 
+    async def _remove(self, path: str) -> None:
+        """Remove a file of the machine, where there is one: it would speak for another task."""
+        with contextlib.suppress(GuestRefused):
+            await self._session.client.delete(path)
+
     async def _feed(self, number: int, feeds: bool) -> None:
         if feeds:
             await self._session.client.feed(number, self._grid.input, again=self._continued)
 
     # -- daemons -------------------------------------------------------------------------------
 
-    async def _start_daemons(self) -> None:
-        if self._daemons is None:
-            self._daemons = []
-            for task in self._job.tasks:
-                if task.daemon:
-                    self._daemons.append(await self._start(task, feeds=False))
+    async def _start_daemon(self, watches: contextlib.AsyncExitStack, task: Task) -> None:
+        async with self.steady:
+            number = await self._start(task, feeds=False)
+            self._daemons.append(number)
+        await self._watch(watches, number)
+
+    async def _watch(self, watches: contextlib.AsyncExitStack, number: int) -> None:
+        self._ended.append(anyio.Event())
+        await watches.enter_async_context(
+            beside(self._watch_daemon(len(self._ended) - 1, number, self._ended[-1])))
 
     async def _watch_daemon(self, index: int, number: int, ended: anyio.Event) -> None:
         end = await self._session.client.follow(number, _nowhere)
@@ -200,16 +219,16 @@ class Work:
             self._grid.warning(f"{task.title} was to run as long as the job, but has ended "
                                f"({exit_code_of(end)})")
 
-    async def _end_daemons(self, ended: list[anyio.Event]) -> None:
+    async def _end_daemons(self) -> None:
         """End them, politely first: what they write then still belongs to the job."""
         client = self._session.client
         with anyio.move_on_after(GRACE):
-            for number, end in zip(self._daemons or (), ended, strict=True):
+            for number, end in zip(self._daemons, self._ended, strict=True):
                 if not end.is_set():
                     await client.signal(number, signal.SIGTERM, why="job-over")
-            for end in ended:
+            for end in self._ended:
                 await end.wait()
-        for number, end in zip(self._daemons or (), ended, strict=True):
+        for number, end in zip(self._daemons, self._ended, strict=True):
             if not end.is_set():
                 await client.signal(number, signal.SIGKILL, why="job-over")
                 await end.wait()

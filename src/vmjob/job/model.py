@@ -55,7 +55,7 @@ class Task:
     writes its own, a number from 0 to 1 on the last line. ``checkpoint_file``: one whose change
     says that the program could start again from there. ``time_limit``: seconds of run time after
     which it is ended, which counts as success. ``may_fail``: the tasks after it run even so.
-    ``daemon``: it runs beside the others, from before the first to after the last.
+    ``daemon``: it runs beside the tasks after it in the job's list, until the last has ended.
     """
 
     argv: tuple[str, ...]

@@ -140,6 +140,21 @@ async def test_a_daemon_runs_beside_all_tasks_and_is_ended_with_them(run: Runner
     assert run.grid.warnings == []
 
 
+async def test_a_daemon_begins_when_it_is_its_turn(run: Runner) -> None:
+    record = await run(sh("test ! -e up && echo first > ready"),
+                       sh("cat ready > up; sleep 60", daemon=True),
+                       sh("until test -s up; do sleep 0.05; done"), outputs=("up",))
+    assert record.exit_code == 0
+    assert run.file("up") == "first\n"
+
+
+async def test_a_fraction_of_an_earlier_task_is_none_of_this_one(
+        run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmjob.engine.work.FRACTION_PERIOD", 0.05)
+    await run(sh("echo 1 > f"), sh("sleep 0.5", fraction_file="f"))
+    assert run.grid.fractions == [0.5, 1.0]
+
+
 async def test_a_daemon_that_ends_too_early_is_told(run: Runner) -> None:
     record = await run(Task(("sh", "-c", "echo gone; exit 7"), daemon=True, name="server"),
                        sh("until test -s server.log; do sleep 0.05; done; sleep 0.3"),
