@@ -10,7 +10,14 @@ from collections.abc import Awaitable, Callable
 import anyio
 import pytest
 
-from vmjob.errors import AgentLost, AgentProtocol, AgentSilent, GuestRefused, VmjobError
+from vmjob.errors import (
+    AgentLost,
+    AgentProtocol,
+    AgentSilent,
+    GuestRefused,
+    ImageOutdated,
+    VmjobError,
+)
 from vmjob.guest.agent import wire
 from vmjob.guest.lane import Lane
 
@@ -71,6 +78,8 @@ async def test_stale_bytes_before_the_resynchronisation_are_dropped() -> None:
     (answer(b"one") + b"more", AgentProtocol),
     (wire.response_head(404, {"content-length": "4"}) + b"nope", AgentProtocol),
     (wire.response_head(404, {"content-length": "2"}) + b"{}", GuestRefused),
+    (wire.response_head(404, {"content-length": "27"}) + b'{"error":"unknown-request"}',
+     ImageOutdated),
 ])
 async def test_an_answer_that_breaks_the_protocol_is_an_error(
         said: bytes, error: type[VmjobError]) -> None:

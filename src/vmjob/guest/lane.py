@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from vmjob.errors import AgentLost, AgentProtocol, AgentSilent, GuestRefused
+from vmjob.errors import AgentLost, AgentProtocol, AgentSilent, GuestRefused, ImageOutdated
 from vmjob.guest.agent import wire
 
 __all__ = ["DEADLINE", "Answer", "Lane", "refusal", "resync_message"]
@@ -51,10 +51,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return content
 
 
-def refusal(status: int, body: bytes) -> GuestRefused:
-    """The error that an answer other than 200 stands for."""
+def refusal(status: int, body: bytes) -> GuestRefused | ImageOutdated:
+    """The error that an answer other than 200 stands for.
+
+    An agent that does not know a request is older than it: of an image that was built before.
+    """
     said = parse_object(body)
     reason, message = str(said.get("error", ""))[:40], str(said.get("message", ""))[:500]
+    if reason == "unknown-request":
+        return ImageOutdated("the image was built by an older vmjob, whose agent lacks something "
+                             "that this job needs")
     return GuestRefused(f"the machine refused: {message or reason}", reason=reason, status=status)
 
 
