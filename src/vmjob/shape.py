@@ -7,14 +7,17 @@ from typing import Any
 
 import anyio.to_thread
 
-from vmjob.errors import MachineError
+from vmjob.errors import HostMemoryLow, MachineError
 from vmjob.home import Home
+from vmjob.host.facts import memory_total
 from vmjob.image.recipe import DEFAULT_NAME, Recipe
 from vmjob.image.store import Image, ImageStore
 from vmjob.machine.contract import BootParts, MachineSpec
 from vmjob.machine.qemu import accelerators
 
 __all__ = ["doubt", "machine_shape"]
+
+MIB = 1 << 20
 
 
 async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, cpus: int,
@@ -25,8 +28,12 @@ async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, c
 
     Returns the shape (id and directory still open), the image and why this accelerator was
     chosen. ``cpu`` as in `MachineSpec.cpu_model`. Raises `ImageMissing`, `ImageCorrupt`,
-    `ImageBuildFailed`, `AcceleratorUnusable`.
+    `ImageBuildFailed`, `AcceleratorUnusable`, `HostMemoryLow`.
     """
+
+    if memory_mb * MIB > (total := memory_total()):
+        raise HostMemoryLow(f"the machine is to have {memory_mb} MiB of memory; this computer has "
+                            f"{total // MIB}")
 
     def find() -> Image:
         store = ImageStore(home)

@@ -253,6 +253,7 @@ def test_a_package_is_there_for_one_job(tmp_path: Path) -> None:
 # -- devices -----------------------------------------------------------------------------------
 
 VNC_AND_MAILBOX = """memory_mb = 256
+announce = "."
 
 [[task]]
 run = ["python3", "-c", '''
@@ -282,6 +283,8 @@ def test_a_job_has_the_devices_that_it_asks_for(tmp_path: Path) -> None:
         each["text"] for each in told if each["event"] == "message"]
     (where,) = [each["where"] for each in told if each["event"] == "address"]
     assert where.startswith("vnc://127.0.0.1:")
+    port = where.removeprefix("vnc://127.0.0.1:").partition(",")[0]
+    assert f"<host_port>{port}</host_port>" in (tmp_path / "vbox_remote_desktop.xml").read_text()
     assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
 
 

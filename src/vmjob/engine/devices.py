@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmjob.engine.mailbox import Mailbox
+from vmjob.engine.ports import announce
 from vmjob.engine.session import Session
 from vmjob.errors import VmjobError
 from vmjob.grid.contract import Grid
-from vmjob.job.model import Hardware
+from vmjob.job.model import Hardware, Job
 
 __all__ = ["fill_mailbox", "read_mailbox", "show_screen", "take_picture"]
 
 
-def show_screen(session: Session, grid: Grid) -> None:
+def show_screen(session: Session, job: Job, grid: Grid) -> None:
     """Tell where the machine's screen can be seen; another process of it has another password."""
     address = session.machine.console_address()
     grid.address("console", f"vnc://{address.host}:{address.port}, password {address.password}")
+    announce("console", address.port, job, grid)
 
 
 async def fill_mailbox(session: Session, hardware: Hardware, *, isolated: bool) -> None:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from vmjob.engine.session import Session
 from vmjob.errors import PortTaken
 from vmjob.grid.contract import Grid
 from vmjob.job.model import Job, Network
 
-__all__ = ["open_ports"]
+__all__ = ["announce", "open_ports"]
+
+#: What is announced -> its file, and the element in it; those of vboxwrapper.
+FILES = {"web": ("vbox_webapi.xml", "webapi"),
+         "console": ("vbox_remote_desktop.xml", "remote_desktop")}
+
+
+def announce(what: Literal["web", "console"], port: int, job: Job, grid: Grid) -> None:
+    """Tell other programs of this computer a port, in a file, if the job wants that.
+
+    Written anew by each process that carries the job: ports change.
+    """
+    if job.announce is None:
+        return
+    name, element = FILES[what]
+    beside = job.announce / f"{name}.new"
+    try:
+        beside.unlink(missing_ok=True)  # a link there would lead elsewhere
+        with beside.open("x", encoding="ascii") as file:
+            file.write(f"<{element}>\n    <host_port>{port}</host_port>\n</{element}>\n")
+        beside.replace(job.announce / name)
+    except OSError as error:
+        grid.warning(f"cannot write {job.announce / name}: {error.strerror}")
 
 
 async def open_ports(session: Session, job: Job, grid: Grid, *, remote: bool) -> None:
@@ -35,5 +59,6 @@ async def open_ports(session: Session, job: Job, grid: Grid, *, remote: bool) ->
                          f"{forward.guest_port} is at {port}")
         if forward.web:
             grid.address("web", f"http://127.0.0.1:{port}/")
+            announce("web", port, job, grid)
         else:
             grid.address("port", f"127.0.0.1:{port} leads to {forward.guest_port}")

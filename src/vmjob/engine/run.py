@@ -103,7 +103,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 hardware = request.job.hardware
                 isolated = request.driver.capabilities.isolated
                 if hardware.display:
-                    show_screen(session, grid)
+                    show_screen(session, request.job, grid)
                 if request.job.forwards:
                     from vmjob.engine.ports import open_ports
 

@@ -8,7 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "boot_id", "device_identity", "disk_free", "memory", "user_namespaces"]
+__all__ = ["Memory", "boot_id", "device_identity", "disk_free", "memory", "memory_total",
+           "user_namespaces"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ def memory() -> Memory:
 
     found = psutil.virtual_memory()
     return Memory(found.total, found.available)
+
+
+def memory_total() -> int:
+    """Bytes of this computer's memory; what every start may ask."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def disk_free(path: Path) -> int:

@@ -154,7 +154,9 @@ class Job:
     is ended as well, but has succeeded.
 
     ``cpu``: `MachineSpec.cpu_model`. ``packages``: Debian packages or tar archives of the host that
-    are installed in the machine first. ``tasks``: none where the machine boots the job's own disk,
+    are installed in the machine first. ``announce``: a directory where files tell other programs of
+    this computer the ports of the job's page (``vbox_webapi.xml``) and of its screen
+    (``vbox_remote_desktop.xml``). ``tasks``: none where the machine boots the job's own disk,
     which knows what to do. ``checkpoint_every``: seconds of run time between
     checkpoints where there is a slot; None: whatever the caller chooses; 0: none but the last one.
     ``trickle_every``: seconds of run time between trickles that tell the run time; None: none.
@@ -179,6 +181,7 @@ class Job:
     checkpoint_every: float | None = None
     trickle_every: float | None = None
     forwards: tuple[Forward, ...] = ()
+    announce: Path | None = None
     hardware: Hardware = Hardware()
     packages: tuple[Path, ...] = ()
 

@@ -309,6 +309,9 @@ def _ways(given: _Given, findings: list[Finding]) -> None:
     if given.on("enable_remotedesktop"):
         _add(findings, Level.NOTE, given.lines["enable_remotedesktop"], "remote-desktop",
              "the screen is shown by VNC, to this computer only and with a password, not by RDP")
+    if given.on("enable_graphics_support"):
+        _add(findings, Level.NOTE, given.lines["enable_graphics_support"], "no-status-file",
+             "no graphics_status.xml is written; `vmjob job run --events` tells the same")
     if given.on("enable_cern_dataformat") and given.number("job_duration"):
         _add(findings, Level.NOTE, given.lines["enable_cern_dataformat"], "cern-output",
              "no file 'output' is written into the slot when the duration is over")
@@ -350,6 +353,8 @@ def _job(given: _Given, where: Surroundings, findings: list[Finding]) -> Job:
         duration=given.number("job_duration") or None,
         checkpoint_every=0.0 if given.on("disable_automatic_checkpoints") else interval,
         forwards=tuple(given.forwards) if network else (),
+        announce=(where.directory if hardware.display or any(
+            forward.web for forward in given.forwards) else None),
         hardware=hardware)
 
 

@@ -123,7 +123,7 @@ ELSEWHERE = {
 #: Element -> what is written, and the findings it causes: nothing of the job depends on it.
 ONLY_SAID: dict[str, tuple[str, list[str]]] = {
     "os_name": ("<os_name>Linux26</os_name>", []),
-    "enable_graphics_support": ("<enable_graphics_support/>", []),
+    "enable_graphics_support": ("<enable_graphics_support/>", ["note no-status-file"]),
     "vram_size_mb": ("<vram_size_mb>16</vram_size_mb>", ["note not-needed"]),
     "vm_disk_controller_type": (
         "<vm_disk_controller_type>SATA</vm_disk_controller_type>", ["note not-needed"]),

@@ -196,6 +196,8 @@ JOB = Table("", Job, (
     Key("duration", Kind.SECONDS, "after this the job is ended too, but has succeeded", above=0),
     Key("checkpoint_every", Kind.SECONDS, "run time between checkpoints; 0: none but the last one",
         least=0),
+    Key("announce", Kind.PATH, "directory where `vbox_webapi.xml` and "
+        "`vbox_remote_desktop.xml` tell the ports of the job's page and of its screen"),
     Key("trickle_every", Kind.SECONDS, "run time between trickles that tell the run time",
         above=0),
     Key("output_limit", Kind.SIZE, "of each output", least=0),
