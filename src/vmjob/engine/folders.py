@@ -151,7 +151,8 @@ class Mirror:
             if not self._listed:
                 return False
             self._take_up()
-            now = (self._look.version, self._seen, [self._host.get(name) for name in self._links])
+            now = (self._look.version, self._seen, self._over,
+                   [self._host.get(name) for name in self._links])
             if now == self._rested:
                 return False
             plan = self._plan(into_guest=True)

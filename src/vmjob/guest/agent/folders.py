@@ -79,6 +79,7 @@ class Folder:
         #: How many looks were finished.
         self.looks = 0
         self.over = False
+        self._beyond = False
         self.left_out = 0
         #: Symbolic links of the last look.
         self.links: set[str] = set()
@@ -155,19 +156,20 @@ class Folder:
         self._visited = set()
         self.left_out = 0
         self.links = set()
-        self.over = False
+        self._beyond = False
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             yield from self._directory(fd, "", 0)
         except OSError:
-            self.over = False  # it is not there, or not any more
+            self._beyond = False  # it is not there, or not any more
         # Where there is too much, who was not visited may well be there.
-        if not self.over or len(self.known) > self.most:
+        if not self._beyond or len(self.known) > self.most:
             for name in [*self.known, *self._changing]:
                 if name not in self._visited:
                     self._look_at(name)
                     yield
         self.looks += 1
+        self.over = self._beyond  # not before: who asks during a look asks about the last one
         self._at_once = False
         self._due = time.monotonic() + PERIOD
         self._settle_due = time.monotonic() + SETTLE
@@ -186,7 +188,7 @@ class Folder:
             with os.scandir(fd) as entries:
                 for entry in entries:
                     if len(self._visited) >= self.most:
-                        self.over = True
+                        self._beyond = True
                         return
                     name = prefix + entry.name
                     if entry.name.startswith(STAGED) or name in self.without:
@@ -220,7 +222,7 @@ class Folder:
                     continue
                 self._saw(prefix + each, DIRECTORY)
                 yield from self._directory(below, prefix + each + "/", depth + 1)
-                if self.over:
+                if self._beyond:
                     return
         finally:
             os.close(fd)
