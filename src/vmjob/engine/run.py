@@ -244,6 +244,9 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
             if checkpointer is not None and survival is not None and survival.every is not None:
                 await helpers.enter_async_context(beside(checkpointer.every(survival.every)))
             await work.run()
+        if sharing is not None:
+            await sharing.last_words()
+            work.conclude()
         if streams is not None:
             await anyio.to_thread.run_sync(streams.sync)
 

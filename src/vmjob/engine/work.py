@@ -133,6 +133,10 @@ class Work:
                 break
             if self._record.exit_code != 0 or self._stopped_for == "duration":
                 return
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Let the job's own word decide, if there was one; raises the error that it ended with."""
         if isinstance(self._verdict, VmjobError):
             raise self._verdict
         if self._verdict is not None:

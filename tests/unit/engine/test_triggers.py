@@ -212,3 +212,13 @@ async def test_links_and_pipes_are_no_triggers(tmp_path: Path) -> None:
     await bench.watch.look()
     assert bench.ends == []
     assert bench.grid.heard == []
+
+
+async def test_what_the_guest_has_yet_to_write_again_does_not_count(tmp_path: Path) -> None:
+    """After a checkpoint the host has files of the time since: the guest lacks what they mean."""
+    bench = Bench(tmp_path, completion="done", uploads=("part",))
+    bench.agreed = False
+    bench.put("done", "0\n")
+    bench.put("part", "x")
+    await bench.watch.look()
+    assert (bench.ends, bench.grid.heard) == ([], [])
