@@ -144,8 +144,9 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     except VmjobError as error:
         failure = error
         record.error = error.as_dict()
-        # A job that ended badly by itself explains its missing outputs: its code comes first.
-        own = bool(record.tasks) and exit_code_of(record.tasks[-1]) != 0
+        # A job that ended badly by itself explains its missing outputs: its code comes first. Not
+        # so where its last task was ended by us, and that was no failure.
+        own = bool(record.tasks) and record.exit_code != 0
         if not own or not isinstance(error, JobError) or isinstance(error, TimeLimit):
             record.exit_code = error.exit_code
         if own and isinstance(error, TimeLimit):

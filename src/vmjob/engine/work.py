@@ -138,6 +138,7 @@ class Work:
     def conclude(self) -> None:
         """Let the job's own word decide, if there was one; raises the error that it ended with."""
         if isinstance(self._verdict, VmjobError):
+            self._record.exit_code = self._verdict.exit_code  # not that of a task killed for it
             raise self._verdict
         if self._verdict is not None:
             record = self._record

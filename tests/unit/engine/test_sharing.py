@@ -60,6 +60,19 @@ def run(home: Home, fake_shape: MachineSpec, tmp_path: Path) -> Runner:
     return Runner(home, fake_shape, tmp_path / "shared here")
 
 
+async def test_a_job_that_succeeds_without_its_output_does_not_end_with_0(
+        run: Runner, tmp_path: Path) -> None:
+    """Its task was ended by us, for success: that is no exit code to keep."""
+    missing = (Output("result", tmp_path / "result"),)
+    record = await run("echo 0 > shared/done; sleep 60", Triggers(completion="done"),
+                       outputs=missing)
+    assert record.error is not None
+    assert (record.exit_code, record.status) == (125, "failed")
+    record = await run("sleep 60", Triggers(), duration=0.3, outputs=missing)
+    assert record.error is not None
+    assert record.exit_code == 125
+
+
 async def test_what_a_job_says_with_its_last_breath_is_heard(run: Runner) -> None:
     record = await run("cd shared; echo hello > t; echo x > part; echo 5 > ops; exit 0",
                        Triggers(trickles=("t",), uploads=("part",), credit="ops"))
@@ -78,3 +91,10 @@ async def test_a_completion_file_counts_however_soon_the_task_ends_after_it(run:
 async def test_a_job_that_wants_to_wait_and_ends_at_once_is_put_off(run: Runner) -> None:
     record = await run("printf '60\\n' > shared/later; exit 0", Triggers(temporary_exit="later"))
     assert record.exit_code == 75
+
+
+async def test_a_word_that_ends_the_job_has_the_exit_code_of_that_word(run: Runner) -> None:
+    """Not that of the task, which was killed for it."""
+    record = await run("sleep 60", Triggers(heartbeat="beat", heartbeat_interval=0.3))
+    assert record.error is not None
+    assert (record.error["code"], record.exit_code) == ("heartbeat-stopped", 125)
