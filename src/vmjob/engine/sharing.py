@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vmjob.engine.session import Session
 from vmjob.engine.slot import Slot
 from vmjob.engine.triggers import Sent, TriggerWatch
 from vmjob.engine.work import Work
-from vmjob.errors import GuestError, MachineError, Postponed, VmjobError
+from vmjob.errors import HostDiskFull, HostError, MachineError, Postponed, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.host import below
 from vmjob.job.model import SHARED, Job, Triggers
@@ -79,17 +80,21 @@ class Sharing:
                 if watch is not None:
                     await watch.look()
                 await anyio.sleep(min(mirror.pause for mirror in live))
-        except (MachineError, GuestError):
+        except MachineError:
             raise  # that breaks the job's own lanes as well, which tell it better
-        except VmjobError as error:
+        except VmjobError as error:  # the guest's, too: it may refuse this and answer all else
             work.end(error)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            work.end((HostDiskFull if full else HostError)(
+                f"cannot keep the job's folders in step: {error.strerror}"))
 
     async def last_words(self) -> None:
         """After the last task: hear what the job said just before its end, which still counts."""
         if self._triggers is not None:
             await self._mirrors[SHARED].collect()
             with anyio.move_on_after(LAST_TRICKLES):
-                while not await self._triggers.hear():
+                while not await self._triggers.hear():  # noqa: ASYNC110 - no grid says when
                     await anyio.sleep(1)
 
     async def collect(self) -> None:

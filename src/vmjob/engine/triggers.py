@@ -13,6 +13,7 @@ from typing import Protocol
 
 from vmjob.engine.agreement import Pair
 from vmjob.engine.clock import RunClock
+from vmjob.engine.folderside import full_disk
 from vmjob.engine.fraction import parse_fraction
 from vmjob.engine.work import Verdict
 from vmjob.errors import HeartbeatStopped, VmjobError
@@ -57,10 +58,10 @@ class Sent:
         return key in self._keys
 
     def add(self, key: str) -> None:
-        """Remember one, safely."""
+        """Remember one, safely; raises `HostDiskFull`."""
         self._keys.add(key)
         if self._path is not None:
-            with self._path.open("a", encoding="ascii") as file:
+            with full_disk(), self._path.open("a", encoding="ascii") as file:
                 file.write(key + "\n")
                 file.flush()
                 os.fsync(file.fileno())

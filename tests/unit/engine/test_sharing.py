@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+from vmjob.engine.folders import Mirror
 from vmjob.engine.record import Record
 from vmjob.engine.run import Request, run_job
+from vmjob.errors import AgentProtocol, GuestRefused
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
 from vmjob.job.files import Folder, Output
@@ -98,3 +101,20 @@ async def test_a_word_that_ends_the_job_has_the_exit_code_of_that_word(run: Runn
     record = await run("sleep 60", Triggers(heartbeat="beat", heartbeat_interval=0.3))
     assert record.error is not None
     assert (record.error["code"], record.exit_code) == ("heartbeat-stopped", 125)
+
+
+@pytest.mark.parametrize("trouble", [
+    GuestRefused("the folder is gone"), AgentProtocol("a lie"), OSError(24, "too many files")])
+async def test_a_job_whose_folder_fails_does_not_run_on_unheard(
+        run: Runner, monkeypatch: pytest.MonkeyPatch, trouble: Exception) -> None:
+    """It would wait for ever for an answer, and nobody would see its completion file."""
+    async def step(self: Mirror) -> bool:
+        raise trouble
+
+    monkeypatch.setattr(Mirror, "step", step)
+    monkeypatch.setattr(Mirror, "collect", step)
+    began = time.monotonic()
+    record = await run("sleep 50", Triggers(completion="done"))
+    assert time.monotonic() - began < 30
+    assert record.error is not None
+    assert record.exit_code == 125
