@@ -318,6 +318,8 @@ class Mirror:
     def _may_come(self, name: str) -> bool:
         if not self.folder.writable or name.rpartition("/")[2] == INIT_DATA:
             return False
+        if self._look.leaves_out(name):  # an agent that is honest does not tell of it
+            return False
         link = self._links.get(name)
         return link is None or link[1] or (
             self._guest.get(name) is not None and self._refuse_linked(name))
