@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from hypothesis import strategies as st
 
 from vmjob.engine.commands import command
 from vmjob.engine.fraction import overall, parse_fraction
+from vmjob.engine.peeking import peek
 from vmjob.engine.record import Record
 from vmjob.engine.run import Request, run_job
+from vmjob.engine.session import open_session
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
 from vmjob.job.files import Output
 from vmjob.job.model import Job, Task
 from vmjob.machine.contract import MachineSpec
-from vmjob.machine.fake import FakeDriver
+from vmjob.machine.fake import FakeDriver, FakeMachine
 
 pytestmark = pytest.mark.anyio
 
@@ -214,3 +217,15 @@ def test_a_jobs_fraction_is_one_and_never_falls_back(weights: list[float], ended
     if ended < len(weights):
         assert overall(weights, ended, fraction) <= overall(weights, ended + 1, 0.0) + 1e-9
     assert overall(weights, len(weights), 0.0) == pytest.approx(1.0)
+
+
+async def test_a_fraction_file_that_is_a_directory_costs_nothing(
+        home: Home, fake_shape: MachineSpec) -> None:
+    async with open_session(home, FakeDriver(), fake_shape) as session:
+        assert isinstance(session.machine, FakeMachine)
+        (session.machine.workdir / "f" / "g").mkdir(parents=True)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert await peek(session, "f", 100) is None
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+        assert not (session.machine.spec.directory / "peeked").exists()
