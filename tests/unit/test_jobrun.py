@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from vmjob.cli.jobrun import apart
+from vmjob.cli.carrying import How
+from vmjob.cli.jobrun import apart, run
 from vmjob.errors import UsageError
 from vmjob.job.files import Folder
 from vmjob.job.model import Job, Task
@@ -32,3 +35,20 @@ def test_a_slot_that_cannot_be_left_out_is_refused(tmp_path: Path, slot: str) ->
     (tmp_path / "dir").mkdir()
     with pytest.raises(UsageError, match="inside the job's folder"):
         apart(shared(tmp_path / "dir"), tmp_path / slot)
+
+
+@pytest.mark.parametrize(("options", "seconds"), [((), 30.0), (("--trickle", "5"), 5.0)])
+def test_what_no_option_says_is_as_the_file_says(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...],
+        seconds: float) -> None:
+    (tmp_path / "job.toml").write_text('run = ["true"]\ntrickle_every = 30\n')
+    carried: list[Job] = []
+
+    async def carry(job: Job, how: How) -> int:
+        carried.append(job)
+        return 0
+
+    monkeypatch.setattr("vmjob.cli.jobrun.carry", carry)
+    monkeypatch.setattr("vmjob.cli.jobrun.leave", sys.exit)
+    CliRunner().invoke(run, [*options, str(tmp_path / "job.toml")])
+    assert [job.trickle_every for job in carried] == [seconds]

@@ -91,7 +91,8 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
     reading = read_file(file, where)
     job = wanted(reading, file, quiet=quiet)
     job = replace(job, image=image or job.image, cpus=cpus or job.cpus,
-                  memory_mb=round(memory) if memory else job.memory_mb, trickle_every=trickle)
+                  memory_mb=round(memory) if memory else job.memory_mb,
+                  trickle_every=trickle or job.trickle_every)
     if sporadic:
         job = replace(job, folders=tuple(
             replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == "shared"
