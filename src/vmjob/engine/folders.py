@@ -169,6 +169,7 @@ class Mirror:
         async with self._lock:
             await self._look_at_host(at_once=True)
             await self._hear_all()
+            self._refused.clear()  # it is tried once more: there is no later
             self._take_up()
             await self._carry_out(self._plan(into_guest=False))
 

@@ -260,6 +260,18 @@ async def test_an_agent_that_tells_of_such_a_name_all_the_same_gets_nothing_writ
     assert not (both.host / "vmjob").exists()
 
 
+async def test_what_had_no_place_is_tried_once_more_at_the_end(both: Both) -> None:
+    """The wait for that may be longer than what is left of the job."""
+    mirror = both.mirror()
+    await mirror.fill()
+    os.mkfifo(both.host / "out")
+    (both.guest / "out").write_text("result")
+    await until(mirror, lambda: bool(both.warnings))
+    (both.host / "out").unlink()
+    await mirror.collect()
+    assert text(both.host / "out") == "result"
+
+
 async def test_secrets_never_reach_the_guest(both: Both, tmp_path: Path) -> None:
     """``init_data.xml`` is redacted wherever it comes from, and never comes back."""
     (tmp_path / "init_data.xml").write_text("secret")
