@@ -75,10 +75,11 @@ class Sharing:
         try:
             while live:
                 await clock.going()
+                since = clock.seconds
                 for mirror in live:
                     await mirror.step()
                 if watch is not None:
-                    await watch.look()
+                    await watch.look(since)
                 await anyio.sleep(min(mirror.pause for mirror in live))
         except MachineError:
             raise  # that breaks the job's own lanes as well, which tell it better

@@ -100,11 +100,15 @@ class TriggerWatch:
         self._uploaded: set[str] = set()
         self._beat = clock.seconds
 
-    async def look(self) -> None:
-        """Act on what is there, and what is not."""
+    async def look(self, since: float) -> None:
+        """Act on what is there, and what is not.
+
+        ``since``: run time when the guest was asked for it. A long copy may lie between: the heart
+        may well have beaten then, and is heard with the next round.
+        """
         await self.hear()
         if self._triggers.heartbeat:
-            self._listen(self._triggers.heartbeat)
+            self._listen(self._triggers.heartbeat, since)
 
     async def hear(self) -> bool:
         """Act on what is there; false when the grid has not taken all of it yet."""
@@ -140,10 +144,10 @@ class TriggerWatch:
                     triggers.temporary_exit, version):
                 await self._postpone(parse_postponement(found[1]))
 
-    def _listen(self, name: str) -> None:
+    def _listen(self, name: str, now: float) -> None:
         if self._changed(name) is not None:
-            self._beat = self._clock.seconds
-        silent = self._clock.seconds - self._beat
+            self._beat = now
+        silent = now - self._beat
         if silent > self._triggers.heartbeat_interval:
             self._end(HeartbeatStopped(
                 f"the job's heartbeat file {name!r} did not change for {silent:.0f} seconds"))
