@@ -97,6 +97,8 @@ async def carry(job: Job | None, how: How) -> int:
             grid, events = _grid(stack, job, how)
             record = await _carry(Home(), job, how, slot, control, grid)
     except asyncio.CancelledError:
+        if events is not None:
+            events.close()
         if how.slot is not None and not how.quiet:
             click.echo(farewell(how.slot), err=True)
         return 128 + (signals.caught[0] if signals.caught else signal.SIGINT)

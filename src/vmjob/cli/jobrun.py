@@ -11,13 +11,13 @@ import click
 
 from vmjob.cli.carrying import How, carry, leave
 from vmjob.cli.run import CHECKPOINT_EVERY
-from vmjob.errors import JobFileInvalid
+from vmjob.errors import JobFileInvalid, UsageError
 from vmjob.job.model import Job
 from vmjob.job.packages import with_packages
 from vmjob.job.reading import Level, Reading, Surroundings
 from vmjob.machine.contract import Priority
 
-__all__ = ["run", "wanted"]
+__all__ = ["apart", "run", "wanted"]
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -91,12 +91,13 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
     reading = read_file(file, where)
     job = wanted(reading, file, quiet=quiet)
     job = replace(job, image=image or job.image, cpus=cpus or job.cpus,
-                  memory_mb=round(memory) if memory else job.memory_mb, trickle_every=trickle)
+                  memory_mb=round(memory) if memory else job.memory_mb,
+                  trickle_every=trickle or job.trickle_every)
     if sporadic:
         job = replace(job, folders=tuple(
             replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == "shared"
             else folder for folder in job.folders))
-    job = with_packages(job)
+    job = apart(with_packages(job), slot, None if events in (None, "-") else Path(events))
     how = How(accel=accel, cpu=cpu or job.cpu or "baseline", cold=cold, stdin=stdin, slot=slot,
               every=_every(job, checkpoint_every) if slot else None, slot_limit=slot_limit,
               stop_deadline=stop_deadline, priority=Priority(priority), keep=keep_on_failure,
@@ -119,6 +120,28 @@ def wanted(reading: Reading, file: Path, *, quiet: bool) -> Job:
         raise JobFileInvalid(f"{file}:{first.line}: {first.what}{more}",
                              advice=first.instead or None)
     return reading.job
+
+
+def apart(job: Job, *ours: Path | None) -> Job:
+    """The same job with what is ours left out of its folders.
+
+    A guest that writes into its slot decides what is run, and with which folders of this computer,
+    when it is continued. Raises `UsageError` where more than that would have to be left out.
+    """
+    folders = []
+    for folder in job.folders:
+        source = folder.source.resolve()
+        for path in filter(None, ours):
+            there = path.resolve()
+            if not there.is_relative_to(source):
+                continue
+            parts = there.relative_to(source).parts
+            if len(parts) != 1:
+                raise UsageError(f"{str(path)!r} is inside the job's folder {folder.name!r}",
+                                 advice=f"Put it beside {str(folder.source)!r}.")
+            folder = replace(folder, without=(*folder.without, *parts))
+        folders.append(folder)
+    return replace(job, folders=tuple(folders))
 
 
 def _every(job: Job, asked: float | None) -> float | None:

@@ -170,6 +170,7 @@ class Mirror:
         async with self._lock:
             await self._look_at_host(at_once=True)
             await self._hear_all()
+            self._refused.clear()  # it is tried once more: there is no later
             self._take_up()
             await self._carry_out(self._plan(into_guest=False))
 
@@ -318,6 +319,8 @@ class Mirror:
 
     def _may_come(self, name: str) -> bool:
         if not self.folder.writable or name.rpartition("/")[2] == INIT_DATA:
+            return False
+        if self._look.leaves_out(name):  # an agent that is honest does not tell of it
             return False
         link = self._links.get(name)
         return link is None or link[1] or (

@@ -17,7 +17,7 @@ from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.record import Record
 from vmjob.engine.session import keep_report
 from vmjob.engine.starting import end_error
-from vmjob.errors import TimeLimit, VmjobError
+from vmjob.errors import JobError, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.home import Home
 from vmjob.job.model import Job
@@ -36,8 +36,12 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
     """
     record = Record(machine=dict(request.machine_facts))
     life = Life(record, grid)
+    failure: VmjobError | None = None
     hardware = request.job.hardware
     sweep(home)
+    if request.job.folders:
+        grid.warning("the job boots a disk of its own, in which no agent is: its folders are not "
+                     "shared, and its trigger files are not seen")
     try:
         request.job.check()
         with claim(home) as (name, directory):
@@ -66,10 +70,14 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
                 await machine.destroy()
             await grid.output("stdout", console.encode())
     except VmjobError as error:
+        failure = error
         record.error, record.exit_code = error.as_dict(), error.exit_code
         record.kept = error.context.get("kept")
     finally:
         life.finish()
+    # What failed on our side may be tried again; there is no checkpoint, so from the beginning.
+    if request.survival is not None and (failure is None or isinstance(failure, JobError)):
+        request.survival.slot.end(record)
     return record
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 from vmjob.engine.session import Session
 from vmjob.errors import JobError
+from vmjob.home import remove_tree
+from vmjob.host import below
 
 __all__ = ["peek"]
 
@@ -22,11 +21,10 @@ async def peek(session: Session, path: str, limit: int) -> bytes | None:
     target = session.machine.spec.directory / PEEKED
     try:
         await session.client.get(path, target, limit=limit)
-        fd = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            return file.read(limit)
-    except (JobError, OSError):
+        found = below.read(target.parent, PEEKED, limit)
+    except JobError:
         return None
     finally:
-        with contextlib.suppress(OSError):
-            target.unlink()
+        remove_tree(target)  # it may have been a directory
+        below.remove(target.parent, PEEKED)
+    return found[1] if found else None

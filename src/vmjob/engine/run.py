@@ -144,8 +144,9 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     except VmjobError as error:
         failure = error
         record.error = error.as_dict()
-        # A job that ended badly by itself explains its missing outputs: its code comes first.
-        own = bool(record.tasks) and exit_code_of(record.tasks[-1]) != 0
+        # A job that ended badly by itself explains its missing outputs: its code comes first. Not
+        # so where its last task was ended by us, and that was no failure.
+        own = bool(record.tasks) and record.exit_code != 0
         if not own or not isinstance(error, JobError) or isinstance(error, TimeLimit):
             record.exit_code = error.exit_code
         if own and isinstance(error, TimeLimit):
@@ -244,6 +245,9 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
             if checkpointer is not None and survival is not None and survival.every is not None:
                 await helpers.enter_async_context(beside(checkpointer.every(survival.every)))
             await work.run()
+        if sharing is not None:
+            await sharing.last_words()
+            work.conclude()
         if streams is not None:
             await anyio.to_thread.run_sync(streams.sync)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vmjob.engine.session import Session
 from vmjob.engine.slot import Slot
 from vmjob.engine.triggers import Sent, TriggerWatch
 from vmjob.engine.work import Work
-from vmjob.errors import GuestError, MachineError, Postponed, VmjobError
+from vmjob.errors import HostDiskFull, HostError, MachineError, Postponed, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.host import below
 from vmjob.job.model import SHARED, Job, Triggers
@@ -27,6 +28,8 @@ __all__ = ["Sharing"]
 
 #: Seconds for the checkpoint of a job that asks to be continued later.
 CHECKPOINT_DEADLINE = 60.0
+#: Seconds for the grid to take the trickles of a job whose tasks have ended.
+LAST_TRICKLES = 60.0
 #: Where the slot remembers which trickles were sent.
 SENT = "trickles"
 #: Ending of the files in which it remembers what came from the machine.
@@ -39,6 +42,7 @@ class Sharing:
     def __init__(self, session: Session, job: Job, grid: Grid, slot: Slot | None,
                  known: Mapping[str, dict[str, Any]]) -> None:
         self._job = job
+        self._triggers: TriggerWatch | None = None
         self._mirrors = {
             folder.name: Mirror(
                 folder, session.client, redact=_redact, warn=grid.warning,
@@ -67,19 +71,32 @@ class Sharing:
                            slot: Slot | None) -> None:
         """Round after round while the tasks run; what goes wrong with a folder ends the job."""
         live = [self._mirrors[folder.name] for folder in self._job.folders if folder.live]
-        watch = self._watch(work, clock, grid, control, slot)
+        watch = self._triggers = self._watch(work, clock, grid, control, slot)
         try:
             while live:
                 await clock.going()
+                since = clock.seconds
                 for mirror in live:
                     await mirror.step()
                 if watch is not None:
-                    await watch.look()
+                    await watch.look(since)
                 await anyio.sleep(min(mirror.pause for mirror in live))
-        except (MachineError, GuestError):
+        except MachineError:
             raise  # that breaks the job's own lanes as well, which tell it better
-        except VmjobError as error:
+        except VmjobError as error:  # the guest's, too: it may refuse this and answer all else
             work.end(error)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            work.end((HostDiskFull if full else HostError)(
+                f"cannot keep the job's folders in step: {error.strerror}"))
+
+    async def last_words(self) -> None:
+        """After the last task: hear what the job said just before its end, which still counts."""
+        if self._triggers is not None:
+            await self._mirrors[SHARED].collect()
+            with anyio.move_on_after(LAST_TRICKLES):
+                while not await self._triggers.hear():  # noqa: ASYNC110 - no grid says when
+                    await anyio.sleep(1)
 
     async def collect(self) -> None:
         """After the last task: what did not come yet."""
@@ -105,13 +122,13 @@ def _postponing(work: Work, grid: Grid, control: Control,
         if slot is not None:
             with contextlib.suppress(VmjobError):  # the checkpoints before it stay good
                 await control.checkpoint(CHECKPOINT_DEADLINE)
-            work.end(Postponed(f"the job is to be continued after {said.delay:g} seconds{why}",
-                               delay=said.delay, notice=said.notice))
+        elif await control.suspend():  # not when the tasks have ended: nothing would go on
+            grid.warning(f"the job waits for {said.delay:g} seconds{why}")
+            await anyio.sleep(said.delay)
+            await control.resume()
             return
-        grid.warning(f"the job waits for {said.delay:g} seconds{why}")
-        await control.suspend()
-        await anyio.sleep(said.delay)
-        await control.resume()
+        work.end(Postponed(f"the job is to be continued after {said.delay:g} seconds{why}",
+                           delay=said.delay, notice=said.notice))
 
     return postpone
 

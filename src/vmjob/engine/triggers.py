@@ -13,6 +13,7 @@ from typing import Protocol
 
 from vmjob.engine.agreement import Pair
 from vmjob.engine.clock import RunClock
+from vmjob.engine.folderside import full_disk
 from vmjob.engine.fraction import parse_fraction
 from vmjob.engine.work import Verdict
 from vmjob.errors import HeartbeatStopped, VmjobError
@@ -57,10 +58,10 @@ class Sent:
         return key in self._keys
 
     def add(self, key: str) -> None:
-        """Remember one, safely."""
+        """Remember one, safely; raises `HostDiskFull`."""
         self._keys.add(key)
         if self._path is not None:
-            with self._path.open("a", encoding="ascii") as file:
+            with full_disk(), self._path.open("a", encoding="ascii") as file:
                 file.write(key + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -99,8 +100,18 @@ class TriggerWatch:
         self._uploaded: set[str] = set()
         self._beat = clock.seconds
 
-    async def look(self) -> None:
-        """Act on what is there, and what is not."""
+    async def look(self, since: float) -> None:
+        """Act on what is there, and what is not.
+
+        ``since``: run time when the guest was asked for it. A long copy may lie between: the heart
+        may well have beaten then, and is heard with the next round.
+        """
+        await self.hear()
+        if self._triggers.heartbeat:
+            self._listen(self._triggers.heartbeat, since)
+
+    async def hear(self) -> bool:
+        """Act on what is there; false when the grid has not taken all of it yet."""
         triggers = self._triggers
         if triggers.credit and (content := self._changed(triggers.credit)) is not None:
             self._credit(content)
@@ -108,19 +119,21 @@ class TriggerWatch:
             fraction = parse_fraction(content)
             if fraction is not None:
                 self._grid.fraction_done(fraction)
-        for name in triggers.trickles:
-            await self._trickle(name)
+        taken = [await self._trickle(name) for name in triggers.trickles]
         for name in triggers.uploads:
-            if name not in self._uploaded and below.look(self._root, name) is not None:
+            if name not in self._uploaded and self._shared.version(name) is not None:
                 self._uploaded.add(name)
                 self._grid.upload(name)
         await self._ends()
+        return all(taken)
 
     async def _ends(self) -> None:
         triggers = self._triggers
         if triggers.completion:
+            # One that the guest has yet to write again, after a checkpoint, does not count.
+            there = self._shared.version(triggers.completion) is not None
             found = below.read(self._root, triggers.completion, MOST_BYTES)
-            if found is not None:
+            if there and found is not None:
                 said = parse_completion(found[1])
                 self._end(Verdict(said.process_exit_code, said.message, said.notice))
                 return
@@ -130,13 +143,11 @@ class TriggerWatch:
             if found is not None and version is not None and await self._shared.remove(
                     triggers.temporary_exit, version):
                 await self._postpone(parse_postponement(found[1]))
-        if triggers.heartbeat:
-            self._listen(triggers.heartbeat)
 
-    def _listen(self, name: str) -> None:
+    def _listen(self, name: str, now: float) -> None:
         if self._changed(name) is not None:
-            self._beat = self._clock.seconds
-        silent = self._clock.seconds - self._beat
+            self._beat = now
+        silent = now - self._beat
         if silent > self._triggers.heartbeat_interval:
             self._end(HeartbeatStopped(
                 f"the job's heartbeat file {name!r} did not change for {silent:.0f} seconds"))
@@ -155,11 +166,12 @@ class TriggerWatch:
         if operations is not None:
             self._grid.operations(*operations)
 
-    async def _trickle(self, name: str) -> None:
+    async def _trickle(self, name: str) -> bool:
+        """Send one, if it is there; false: not now."""
         version = self._shared.version(name)
         found = below.read(self._root, name, MOST_BYTES + 1)
         if found is None or version is None:
-            return
+            return True
         seen, content = found
         if seen.size > MOST_BYTES:
             self._grid.warning(f"the trickle {name!r} is longer than {MOST_BYTES} bytes; it is "
@@ -169,6 +181,7 @@ class TriggerWatch:
             key = hashlib.sha256(f"{name}\0{seen.mtime_ns}\0{text}".encode()).hexdigest()
             if key not in self._sent:
                 if not await self._grid.trickle(name, text):
-                    return  # later: one is still on its way
+                    return False  # later: one is still on its way
                 self._sent.add(key)
         await self._shared.remove(name, version)
+        return True

@@ -67,6 +67,7 @@ class Work:
         self._offsets: dict[Literal["stdout", "stderr"], int] = {}
         #: Bytes of the streams before the task that runs.
         self._base = dict(output.position)
+        self._heard_bytes = 0
         #: Held while a task begins or ends: host and guest are then not of one mind about it.
         self.steady = anyio.Lock()
         self._over = anyio.Event()
@@ -133,7 +134,12 @@ class Work:
                 break
             if self._record.exit_code != 0 or self._stopped_for == "duration":
                 return
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Let the job's own word decide, if there was one; raises the error that it ended with."""
         if isinstance(self._verdict, VmjobError):
+            self._record.exit_code = self._verdict.exit_code  # not that of a task killed for it
             raise self._verdict
         if self._verdict is not None:
             record = self._record
@@ -282,7 +288,16 @@ class Work:
             self._grid.fraction_done(overall([task.weight for task in self._tasks], ended, of_task))
 
     def _heard(self, text: str) -> None:
-        """A message of the job; the words of `vmjob_job` are understood, others passed on."""
+        """A message of the job; the words of `vmjob_job` are understood, others passed on.
+
+        All together are no longer than one stream: they go to files and terminals as that does.
+        """
+        had, self._heard_bytes = self._heard_bytes, self._heard_bytes + len(text.encode()) + 1
+        if self._heard_bytes > self._job.stream_limit:
+            if had <= self._job.stream_limit:
+                self._grid.warning(f"the job's messages are longer than {self._job.stream_limit} "
+                                   "bytes; the rest is thrown away")
+            return
         word, _, value = text.partition(" ")
         fraction = parse_fraction(value.encode()) if word == "fraction_done" else None
         if fraction is not None and float(value) <= 1:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+from collections import deque
 from typing import Any, BinaryIO, Literal
+
+import anyio
 
 from vmjob.grid.terminal import Terminal
 
 __all__ = ["Events"]
+
+#: Bytes of lines that nobody has read: then the job's output waits, and then no more is told.
+HELD, MOST_HELD = 1 << 20, 16 << 20
+#: Seconds that a reader may take before we go on, or end, without it.
+PATIENCE = 5.0
+#: Seconds between looks at how much was read.
+LOOK = 0.05
 
 
 class Events:
@@ -17,34 +28,75 @@ class Events:
 
     Each line is one JSON object with ``seq`` (from 1, without gaps), ``time`` (seconds since 1970)
     and ``event``. Who reads them and stops does not end the job: nothing is written any more then.
+    A thread writes: whoever holds a pipe and does not read must not stop us from hearing Ctrl-C.
     """
 
     def __init__(self, terminal: Terminal, to: BinaryIO) -> None:
         self._grid = terminal
-        self._to: BinaryIO | None = to
+        self._to = to
         self._seq = 0
-        self._lock = threading.Lock()  # `transferred` comes from any thread
+        self._lines: deque[bytes] = deque()
+        self._held = 0
+        self._closed = False
+        self._changed = threading.Condition()  # `transferred` comes from any thread
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
 
     def tell(self, event: str, **facts: Any) -> None:
         """Write one line."""
-        with self._lock:
+        with self._changed:
+            if self._closed:
+                return
             self._seq += 1
             line = json.dumps({"seq": self._seq, "time": round(time.time(), 3), "event": event,
-                               **facts})
-            if self._to is None:
+                               **facts}).encode() + b"\n"
+            self._held += len(line)
+            if self._held > MOST_HELD:
+                self._closed = True
                 return
-            try:
-                self._to.write(line.encode() + b"\n")
-                self._to.flush()
-            except OSError:
-                self._to = None
+            self._lines.append(line)
+            self._changed.notify()
 
     def close(self) -> None:
-        """Nothing more will be told."""
-        with self._lock:
-            if self._to is not None:
-                self._to.close()
-            self._to = None
+        """Nothing more will be told; what was is written, if anybody takes it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        held = -1
+        while self._writer.is_alive() and self._held != held:  # as long as somebody reads
+            held = self._held
+            self._writer.join(PATIENCE)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                while not self._lines and not self._closed:
+                    self._changed.wait()
+                if not self._lines:
+                    break
+                line = self._lines.popleft()
+            try:
+                self._to.write(line)
+                self._to.flush()
+            except OSError:
+                with self._changed:
+                    self._closed = True
+                    self._lines.clear()
+                break
+            with self._changed:
+                self._held -= len(line)
+        with contextlib.suppress(OSError):
+            self._to.close()
+
+    async def _room(self) -> None:
+        """Wait for a reader that is slow; one that takes nothing for so long is none."""
+        held, left = self._held, PATIENCE
+        while self._held > HELD and not self._closed:
+            await anyio.sleep(LOOK)
+            left = left - LOOK if self._held == held else PATIENCE
+            held = self._held
+            if left <= 0:
+                self._closed = True
 
     # -- what the engine tells -----------------------------------------------------------------
 
@@ -60,6 +112,7 @@ class Events:
         self._grid.transferred(what, count)
 
     async def output(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
+        await self._room()
         self.tell("output", stream=stream, bytes=len(data), text=data.decode("utf-8", "replace"))
         await self._grid.output(stream, data)
 

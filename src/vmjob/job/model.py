@@ -210,8 +210,9 @@ class Job:
         names = [folder.name for folder in self.folders]
         if len(set(names)) != len(names):
             raise UsageError("two folders have one name")
-        if self.triggers != Triggers() and SHARED not in names:
-            raise UsageError(f"trigger files need a folder named {SHARED!r}")
+        heard = {folder.name for folder in self.folders if folder.live and folder.writable}
+        if self.triggers != Triggers() and SHARED not in heard:
+            raise UsageError(f"trigger files need a folder named {SHARED!r}, live and writable")
         destinations = [output.destination for output in self.outputs]
         for destination in destinations:
             if destinations.count(destination) > 1:

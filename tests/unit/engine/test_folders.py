@@ -14,6 +14,7 @@ import pytest
 import vmjob
 from tests.unit.engine.both_sides import Both, both, rest, session, text, tree, until
 from vmjob.engine.folders import Mirror
+from vmjob.guest.folders import News
 from vmjob.home import Home
 from vmjob.job.files import Folder
 from vmjob.machine.fake import SimulatedDriver, SimulatedMachine
@@ -218,6 +219,57 @@ async def test_names_that_are_not_the_jobs_business_stay_on_their_side(both: Bot
     assert text(both.host / "lock") == "of host"
     assert text(both.guest / "lock") == "changed there"
     assert not (both.guest / "machine").exists()
+
+
+async def test_a_star_in_such_a_name_stands_for_any_characters(both: Both) -> None:
+    """The volunteer's disk images stay out of a shared slot, whatever their numbers are."""
+    both.guest.mkdir(exist_ok=True)
+    for name in ("vm_image.vdi", "vm_image_2.vdi", "vm_image.vdi.txt", "boinc_ufs_out",
+                 "boinc_app"):
+        (both.host / name).write_text("of host")
+    mirror = both.mirror(without=("vm_image*.vdi", "boinc_ufs_*", "*a*b*"))
+    await mirror.fill()
+    assert sorted(path.name for path in both.guest.iterdir()) == ["boinc_app", "vm_image.vdi.txt"]
+    (both.guest / "boinc_ufs_out").write_text("of guest")
+    await rest(mirror)
+    await mirror.collect()
+    assert text(both.host / "boinc_ufs_out") == "of host"
+
+
+async def test_an_agent_that_tells_of_such_a_name_all_the_same_gets_nothing_written(
+        both: Both) -> None:
+    """Who is root in the machine can be its agent, and would rewrite its own job file."""
+    (both.host / "vbox_job.xml").write_text("of host")
+    mirror = both.mirror(without=("vbox_job.xml", "vmjob"))
+    asked = mirror._client.folder
+
+    async def lie(path: str, seen: int, *, without: object = (), most: int = 10_000,
+                  begin: bool = False) -> News:
+        return await asked(path, seen, without=(), most=most, begin=begin)
+
+    mirror._client.folder = lie  # type: ignore[method-assign]
+    await mirror.fill()
+    (both.guest / "vbox_job.xml").write_text("of guest")
+    (both.guest / "vmjob").mkdir()
+    (both.guest / "vmjob" / "job.json").write_text("of guest")
+    (both.guest / "honest").write_text("of guest")
+    await until(mirror, lambda: (both.host / "honest").exists())
+    await rest(mirror)
+    await mirror.collect()
+    assert text(both.host / "vbox_job.xml") == "of host"
+    assert not (both.host / "vmjob").exists()
+
+
+async def test_what_had_no_place_is_tried_once_more_at_the_end(both: Both) -> None:
+    """The wait for that may be longer than what is left of the job."""
+    mirror = both.mirror()
+    await mirror.fill()
+    os.mkfifo(both.host / "out")
+    (both.guest / "out").write_text("result")
+    await until(mirror, lambda: bool(both.warnings))
+    (both.host / "out").unlink()
+    await mirror.collect()
+    assert text(both.host / "out") == "result"
 
 
 async def test_secrets_never_reach_the_guest(both: Both, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -10,17 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmjob.engine.clock import RunClock
 from vmjob.engine.commands import command
 from vmjob.engine.fraction import overall, parse_fraction
+from vmjob.engine.output import Output as EngineOutput
+from vmjob.engine.peeking import peek
 from vmjob.engine.record import Record
 from vmjob.engine.run import Request, run_job
+from vmjob.engine.session import open_session
+from vmjob.engine.work import Work
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
 from vmjob.job.files import Output
 from vmjob.job.model import Job, Task
 from vmjob.machine.contract import MachineSpec
-from vmjob.machine.fake import FakeDriver
+from vmjob.machine.fake import FakeDriver, FakeMachine
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +38,10 @@ class Heard(Quiet):
         self.fractions: list[float] = []
         self.tasks: list[tuple[str, int, int]] = []
         self.warnings: list[str] = []
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def fraction_done(self, fraction: float) -> None:
         self.fractions.append(fraction)
@@ -39,6 +51,16 @@ class Heard(Quiet):
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
+
+
+class Messenger:
+    """Of a machine nothing but its messages."""
+
+    def on_message(self, sink: Callable[[str], None]) -> None:
+        self.say = sink
+
+    async def start(self, *args: object, **more: object) -> int:
+        raise NotImplementedError
 
 
 class Runner:
@@ -214,3 +236,31 @@ def test_a_jobs_fraction_is_one_and_never_falls_back(weights: list[float], ended
     if ended < len(weights):
         assert overall(weights, ended, fraction) <= overall(weights, ended + 1, 0.0) + 1e-9
     assert overall(weights, len(weights), 0.0) == pytest.approx(1.0)
+
+
+async def test_a_fraction_file_that_is_a_directory_costs_nothing(
+        home: Home, fake_shape: MachineSpec) -> None:
+    async with open_session(home, FakeDriver(), fake_shape) as session:
+        assert isinstance(session.machine, FakeMachine)
+        (session.machine.workdir / "f" / "g").mkdir(parents=True)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert await peek(session, "f", 100) is None
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+        assert not (session.machine.spec.directory / "peeked").exists()
+
+
+async def test_messages_without_end_are_thrown_away_as_output_is() -> None:
+    """They are kept in events files and logs: a guest must not fill a disk with them."""
+    grid = Heard()
+    job = Job((sh("true"),), stream_limit=1000)
+    record = Record()
+    client = Messenger()
+    work = Work(SimpleNamespace(client=client), job, grid, record,  # type: ignore[arg-type]
+                EngineOutput(job, grid, record, None, {}), RunClock())
+    with pytest.raises(NotImplementedError):
+        await work.run()
+    for _ in range(500):
+        client.say("x" * 99)
+    assert len(grid.messages) == 10
+    assert len(grid.warnings) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from vmjob.errors import BadPath, InputMissing, InputUnreadable, UsageError, VmjobError
 from vmjob.job.files import (
+    Folder,
     Input,
     Output,
     check_guest_path,
@@ -18,7 +20,7 @@ from vmjob.job.files import (
     parse_input,
     parse_output,
 )
-from vmjob.job.model import Job, Task
+from vmjob.job.model import Job, Task, Triggers
 
 GOOD = Job(tasks=(Task(("true",)),))
 
@@ -122,3 +124,13 @@ def test_a_job_that_cannot_be_says_what_is_wrong(change: dict[str, object]) -> N
     {"memory_mb": 128}, {"cpus": 255}, {"disk_gb": 1}, {"disk_gb": 1024}, {"time_limit": 0.001}])
 def test_the_limits_themselves_are_allowed(change: dict[str, object]) -> None:
     replace(GOOD, **change).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [{"live": False}, {"writable": False}, {"name": "other"}])
+def test_trigger_files_that_nobody_would_see_are_refused(
+        more: dict[str, Any], tmp_path: Path) -> None:
+    folder = Folder("shared", tmp_path, "shared")
+    job = replace(GOOD, folders=(folder,), triggers=Triggers(completion="done"))
+    job.check()
+    with pytest.raises(UsageError, match="live and writable"):
+        replace(job, folders=(replace(folder, **more),)).check()

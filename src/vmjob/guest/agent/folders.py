@@ -54,6 +54,20 @@ MAX_FOLDERS = 32
 CLOCK_EVERY = 16
 
 
+def _matches(name: str, pieces: list[str]) -> bool:
+    """Whether a name is these pieces with anything between them."""
+    first, *middle, last = pieces
+    if not name.startswith(first):
+        return False
+    at = len(first)
+    for piece in middle:
+        found = name.find(piece, at)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return len(name) - len(last) >= at and name.endswith(last)
+
+
 def stamp(facts: os.stat_result) -> Stamp | None:
     """What identifies a file or directory as it is now; None for what is neither."""
     mode = facts.st_mode
@@ -66,13 +80,15 @@ def stamp(facts: os.stat_result) -> Stamp | None:
 class Folder:
     """One directory that is looked through.
 
-    ``without``: names at its top that do not count. Not more than ``most`` entries are looked at;
-    `over` says whether there were more. `left_out`: entries of the last look that nobody is told.
+    ``without``: names at its top that do not count, ``*`` for any characters. Not more than
+    ``most`` entries are looked at; `over` says whether there were more. `left_out`: entries of the
+    last look that nobody is told.
     """
 
     def __init__(self, path: str, without: Iterable[str] = (), most: int = 10_000) -> None:
         self.path = path
         self.without = frozenset(without)
+        self._patterns = [each.split("*") for each in self.without if "*" in each]
         self.most = most
         #: Grows with each change that is told.
         self.version = 0
@@ -96,6 +112,11 @@ class Folder:
         #: When the next look may begin, and the next at what changes.
         self._due = 0.0
         self._settle_due = 0.0
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a name is one of ``without``, or below one."""
+        top = name.partition("/")[0]
+        return top in self.without or any(_matches(top, each) for each in self._patterns)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -191,7 +212,7 @@ class Folder:
                         self._beyond = True
                         return
                     name = prefix + entry.name
-                    if entry.name.startswith(STAGED) or name in self.without:
+                    if entry.name.startswith(STAGED) or (not prefix and self.leaves_out(name)):
                         continue
                     if not _sayable(entry.name, name):
                         self.left_out += 1
