@@ -145,7 +145,8 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
         failure = error
         record.error = error.as_dict()
         # A job that ended badly by itself explains its missing outputs: its code comes first.
-        own = bool(record.tasks) and exit_code_of(record.tasks[-1]) != 0
+        own = bool(record.tasks) and exit_code_of(record.tasks[-1]) != 0 and (
+            record.tasks[-1].ended_by != "verdict")  # then it was we who killed it, for the error
         if not own or not isinstance(error, JobError) or isinstance(error, TimeLimit):
             record.exit_code = error.exit_code
         if own and isinstance(error, TimeLimit):
@@ -238,6 +239,10 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
 
                 await helpers.enter_async_context(
                     beside(tell_run_time(clock, grid, job.trickle_every)))
+            if job.duration is not None and not job.tells_its_fraction:
+                from vmjob.engine.triggers import tell_share
+
+                await helpers.enter_async_context(beside(tell_share(clock, grid, job.duration)))
             if sharing is not None:
                 await helpers.enter_async_context(beside(sharing.keep_in_step(
                     work, clock, grid, request.control, survival.slot if survival else None)))
