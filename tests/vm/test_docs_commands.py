@@ -17,8 +17,8 @@ pytestmark = pytest.mark.vm
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/tutorial/first-job.md", "docs/tutorial/first-job-file.md",
-         "docs/how-to/images.md", "docs/how-to/job-files.md", "docs/how-to/messages.md", "docs/how-to/machines.md",
-         "docs/how-to/pool.md", "docs/how-to/survive.md"]
+         "docs/how-to/images.md", "docs/how-to/job-files.md", "docs/how-to/messages.md",
+         "docs/how-to/machines.md", "docs/how-to/pool.md", "docs/how-to/survive.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

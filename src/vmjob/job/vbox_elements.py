@@ -34,7 +34,7 @@ NOT_NEEDED = {
     "vram_size_mb": "the machine has no screen of its own, or one that needs no setting",
     "vm_disk_controller_type": "disks are virtio disks, or SATA ones where the job boots its own",
     "vm_disk_controller_model": "disks are virtio disks, or SATA ones where the job boots its own",
-    "vm_network_driver": "the network card is a virtio one, or an e1000 where the job boots its own disk",
+    "vm_network_driver": "the network card is virtio, or e1000 where the job boots its own disk",
     "enable_nat_dns_host_resolver": "names are always resolved as on this computer",
     "enable_vm_savestate_usage": "with --slot, a stop always makes a last checkpoint",
 }
