@@ -11,13 +11,14 @@ import click
 
 from vmjob.cli.carrying import How, carry, leave
 from vmjob.cli.run import CHECKPOINT_EVERY
-from vmjob.errors import JobFileInvalid
+from vmjob.errors import JobFileInvalid, UsageError
+from vmjob.job.files import Folder
 from vmjob.job.model import Job
 from vmjob.job.packages import with_packages
 from vmjob.job.reading import Level, Reading, Surroundings
 from vmjob.machine.contract import Priority
 
-__all__ = ["run", "wanted"]
+__all__ = ["apart", "run", "wanted"]
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -96,13 +97,35 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
         job = replace(job, folders=tuple(
             replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == "shared"
             else folder for folder in job.folders))
-    job = with_packages(job)
+    job = apart(with_packages(job), slot, None if events == "-" else events)
     how = How(accel=accel, cpu=cpu or job.cpu or "baseline", cold=cold, stdin=stdin, slot=slot,
               every=_every(job, checkpoint_every) if slot else None, slot_limit=slot_limit,
               stop_deadline=stop_deadline, priority=Priority(priority), keep=keep_on_failure,
               as_json=as_json, quiet=quiet, events=events, prepare_only=register_only,
               remote_ports=allow_remote_ports)
     leave(asyncio.run(carry(job, how)))
+
+
+def apart(job: Job, slot: Path | None, events: str | None) -> Job:
+    """The same job, whose folders leave out what is ours; raises `UsageError` where they cannot.
+
+    A machine that could write in its slot would decide what its job may do when it is continued.
+    """
+    for ours in (slot, Path(events) if events is not None else None):
+        if ours is not None:
+            job = replace(job, folders=tuple(_without(folder, ours) for folder in job.folders))
+    return job
+
+
+def _without(folder: Folder, ours: Path) -> Folder:
+    source, path = folder.source.resolve(), ours.resolve()
+    if path != source and source not in path.parents:
+        return folder
+    inside = path.relative_to(source).parts
+    if len(inside) != 1:
+        raise UsageError(f"{str(ours)!r} is in the folder {folder.name!r}, which the job may write",
+                         advice=f"Give another place, outside {str(folder.source)!r}.")
+    return replace(folder, without=(*folder.without, inside[0]))
 
 
 def wanted(reading: Reading, file: Path, *, quiet: bool) -> Job:
