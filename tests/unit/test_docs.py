@@ -10,8 +10,10 @@ import click
 import pytest
 
 import vmjob
+from vmjob.cli.jobrun import run as job_run
 from vmjob.cli.main import COMMANDS, cli
 from vmjob.cli.run import run
+from vmjob.engine.record import Record
 from vmjob.errors import VmjobError, all_errors
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +50,41 @@ def test_codes_are_unique_and_advice_is_one_line() -> None:
         assert each("x").as_dict()["advice"] == each.standing_advice
 
 
-def test_every_option_of_run_is_in_the_reference() -> None:
+@pytest.mark.parametrize("command", [run, job_run], ids=["run", "job run"])
+def test_every_option_of_run_is_in_the_reference(command: click.Command) -> None:
+    title = {run: "## `vmjob run`", job_run: "## `vmjob job run`"}[command]
     page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
-    for parameter in run.params:
+    section = page.partition(f"{title}\n")[2].partition("\n## ")[0]
+    for parameter in command.params:
         if isinstance(parameter, click.Option):
-            assert any(name in page for name in parameter.opts), parameter.name
+            assert all(f"`{name}" in section for name in parameter.opts
+                       if name.startswith("--")), parameter.name
+
+
+@pytest.mark.parametrize("name", ["vbox_job", "job-xml"])
+def test_the_tests_that_hold_a_table_are_there(name: str) -> None:
+    page = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
+    files = dict(re.findall(r"^\| `(\w)` \| `(tests/[\w/]+\.py)`", page, re.MULTILINE))
+    named = re.findall(r"\b(\w)::(test_\w+)", page)
+    assert named
+    assert {letter for letter, _ in named} == files.keys()
+    for letter, test in named:
+        text = (ROOT / files[letter]).read_text()
+        assert re.search(rf"^(async )?def {test}\(", text, re.MULTILINE), f"{letter}::{test}"
+
+
+def test_every_event_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "events.md").read_text()
+    for path in ["grid/events.py", "cli/carrying.py"]:
+        text = (ROOT / "src" / "vmjob" / path).read_text()
+        for event in re.findall(r"\.tell\(\"(\w+)\"", text):
+            assert f"| `{event}` |" in page, event
+
+
+def test_every_field_of_the_record_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "record.md").read_text()
+    for field in Record.__struct_fields__:
+        assert re.search(rf"^\| .*`{field}(\[\])?`", page, re.MULTILINE), field
 
 
 def test_every_command_says_what_it_is_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,16 @@ from vmjob.home import Home
 pytestmark = pytest.mark.vm
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/tutorial/first-job.md", "docs/how-to/images.md",
-         "docs/how-to/messages.md", "docs/how-to/machines.md",
-         "docs/how-to/pool.md", "docs/how-to/survive.md"]
+PAGES = ["README.md", "docs/tutorial/first-job.md", "docs/tutorial/first-job-file.md",
+         "docs/how-to/images.md", "docs/how-to/job-files.md", "docs/how-to/messages.md",
+         "docs/how-to/machines.md", "docs/how-to/pool.md", "docs/how-to/survive.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_order(page: str, vm_home: Home, tmp_path: Path) -> None:
     place = tmp_path / "work"
     place.mkdir()
+    shutil.copytree(ROOT / "examples", place / "examples")  # readers are in their clone
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / page).read_text(),
                         re.MULTILINE | re.DOTALL)
     assert blocks

@@ -158,7 +158,9 @@ def _say(file: Path, findings: Iterable[Finding], *, err: bool) -> None:
     for each in findings:
         place = f"{click.format_filename(file)}:{each.line}" if each.line else (
             click.format_filename(file))
-        instead = f" (write: {each.instead})" if each.instead else ""
+        # Advice that is a sentence says by itself what to do.
+        hint = each.instead if each.instead.endswith((".", "?")) else f"write: {each.instead}"
+        instead = f" ({hint})" if each.instead else ""
         click.echo(f"{place}: {each.level.value}: {each.what}{instead}", err=err)
 
 

@@ -17,6 +17,7 @@ from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.record import Record
 from vmjob.engine.session import keep_report
 from vmjob.engine.starting import end_error
+from vmjob.engine.triggers import tell_share
 from vmjob.errors import JobError, TimeLimit, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.home import Home
@@ -39,11 +40,9 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
     failure: VmjobError | None = None
     hardware = request.job.hardware
     sweep(home)
-    if request.job.folders:
-        grid.warning("the job boots a disk of its own, in which no agent is: its folders are not "
-                     "shared, and its trigger files are not seen")
     try:
         request.job.check()
+        _say_what_is_missing(request, grid)
         with claim(home) as (name, directory):
             spec = replace(request.shape, id=name, directory=directory, boot=None, foreign=Foreign(
                 hardware.disk, hardware.iso, hardware.iso_first, hardware.cache_disk))
@@ -56,7 +55,7 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
                 record.machine |= machine.facts()
                 life.enter(State.INPUTS)
                 life.enter(State.RUN)
-                _judge(machine, await _its_end(machine, request.job), request.job)
+                _judge(machine, await _its_end(machine, request.job, grid), request.job)
                 record.exit_code, record.status = 0, "succeeded"
             except VmjobError as error:
                 if request.keep is not None:
@@ -81,7 +80,21 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
     return record
 
 
-async def _its_end(machine: Machine, job: Job) -> Ended | None:
+def _say_what_is_missing(request: Request, grid: Grid) -> None:
+    """What the job asks for and does not get: without an agent, or not done so far."""
+    job, hardware = request.job, request.job.hardware
+    missing = [what for what, wanted in (
+        ("folders", bool(job.folders)), ("forwarded ports", bool(job.forwards)),
+        ("mailbox", hardware.mailbox is not None), ("screen", hardware.display),
+        ("picture of the screen", hardware.screenshot is not None),
+        ("trickles", job.trickle_every is not None),
+        ("checkpoints", request.survival is not None)) if wanted]
+    if missing:
+        grid.warning("a job that boots its own disk runs without what it asks for: "
+                     + ", ".join(missing))
+
+
+async def _its_end(machine: Machine, job: Job, grid: Grid) -> Ended | None:
     """How the machine ended by itself; None when its time was over."""
     clock = RunClock()
     clock.go()
@@ -94,6 +107,8 @@ async def _its_end(machine: Machine, job: Job) -> Ended | None:
             waiting.cancel_scope.cancel()
 
         waiting.start_soon(end)
+        if job.duration is not None:
+            waiting.start_soon(tell_share, clock, grid, job.duration)
         if limits:
             await clock.reach(min(limits))
             waiting.cancel_scope.cancel()

@@ -239,6 +239,10 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
 
                 await helpers.enter_async_context(
                     beside(tell_run_time(clock, grid, job.trickle_every)))
+            if job.duration is not None and not job.tells_its_fraction:
+                from vmjob.engine.triggers import tell_share
+
+                await helpers.enter_async_context(beside(tell_share(clock, grid, job.duration)))
             if sharing is not None:
                 await helpers.enter_async_context(beside(sharing.keep_in_step(
                     work, clock, grid, request.control, survival.slot if survival else None)))

@@ -29,7 +29,12 @@ from vmjob.job.triggers import (
     parse_postponement,
 )
 
-__all__ = ["Sent", "TriggerWatch", "tell_run_time"]
+__all__ = ["Sent", "TriggerWatch", "tell_run_time", "tell_share"]
+
+#: Seconds between two words on how much of a fixed duration is over, at least, and how many there
+#: are of these at most.
+SHARE_PERIOD = 2.0
+SHARES = 1000
 
 
 async def tell_run_time(clock: RunClock, grid: Grid, seconds: float) -> None:
@@ -40,6 +45,13 @@ async def tell_run_time(clock: RunClock, grid: Grid, seconds: float) -> None:
     while True:
         await clock.reach(clock.seconds + seconds)
         await grid.trickle("cpu_time", f"<cpu_time>{clock.seconds:f}</cpu_time>")
+
+
+async def tell_share(clock: RunClock, grid: Grid, duration: float) -> None:
+    """Tell how much of a job's fixed duration is over, now and then, for ever."""
+    while True:
+        await clock.reach(clock.seconds + max(SHARE_PERIOD, duration / SHARES))
+        grid.fraction_done(min(1.0, clock.seconds / duration))
 
 
 class Sent:

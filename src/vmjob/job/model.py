@@ -185,6 +185,12 @@ class Job:
     hardware: Hardware = Hardware()
     packages: tuple[Path, ...] = ()
 
+    @property
+    def tells_its_fraction(self) -> bool:
+        """Whether some part of it says how much is done; a message of a task's may as well."""
+        return (self.triggers.fraction_done is not None or len(self.tasks) > 1
+                or any(task.fraction_file is not None for task in self.tasks))
+
     def check(self) -> None:
         """Raise the first thing that is wrong with this job; nothing was started then."""
         own_disk = self.hardware.disk is not None or self.hardware.iso is not None

@@ -32,11 +32,11 @@ FORWARD = frozenset({"host_port", "guest_port", "is_remote", "nports"})
 #: What VirtualBox wants to know and QEMU's devices make needless -> why.
 NOT_NEEDED = {
     "vram_size_mb": "the machine has no screen of its own, or one that needs no setting",
-    "vm_disk_controller_type": "disks are virtio disks",
-    "vm_disk_controller_model": "disks are virtio disks",
-    "vm_network_driver": "the network device is a virtio one",
+    "vm_disk_controller_type": "disks are virtio disks, or SATA ones where the job boots its own",
+    "vm_disk_controller_model": "disks are virtio disks, or SATA ones where the job boots its own",
+    "vm_network_driver": "the network card is virtio, or e1000 where the job boots its own disk",
     "enable_nat_dns_host_resolver": "names are always resolved as on this computer",
-    "enable_vm_savestate_usage": "a stop always makes a last checkpoint",
+    "enable_vm_savestate_usage": "with --slot, a stop always makes a last checkpoint",
 }
 
 # What `VBoxManage storagectl` knows.
