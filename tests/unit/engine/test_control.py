@@ -66,9 +66,10 @@ async def test_no_run_time_is_counted_until_the_machine_runs() -> None:
         await machine.asked.wait()
         before = clock.seconds
         await anyio.sleep(0.05)  # this is what the test is about
-        assert (clock.seconds, life.state) == (before, State.SUSPENDED)
+        after, state = clock.seconds, life.state
         machine.may.set()
         await going
+        assert (after, state) == (before, State.SUSPENDED)
         assert life.state is State.RUN
         await clock.reach(before + 0.001)
 
