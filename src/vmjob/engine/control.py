@@ -61,8 +61,11 @@ class Control:
                 await self._go_on(session, clock, life)
 
     async def _go_on(self, session: Session, clock: RunClock, life: Life) -> None:
-        clock.go()
-        life.enter(State.RUN)
+        try:
+            await session.machine.resume()  # when the checkpoint under way is finished
+        finally:
+            clock.go()
+            life.enter(State.RUN)
         await session.resume()
 
     async def checkpoint(self, deadline: float) -> Generation | None:

@@ -1,0 +1,84 @@
+"""Who suspends a job, and lets it go on."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+
+from vmjob.engine import session as session_module
+from vmjob.engine.clock import RunClock
+from vmjob.engine.control import Control
+from vmjob.engine.life import Life, State
+from vmjob.engine.record import Record
+from vmjob.engine.session import Session
+from vmjob.grid.contract import Quiet
+
+pytestmark = pytest.mark.anyio
+
+
+class Machine:
+    """Goes on when it may."""
+
+    def __init__(self) -> None:
+        self.may = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def suspend(self) -> None: ...
+
+    async def resume(self) -> None:
+        self.asked.set()
+        await self.may.wait()
+
+
+class Client:
+    """Takes so many seconds to hear what time it is."""
+
+    def __init__(self, *late: float) -> None:
+        self._late = list(late)
+        self.told = 0
+
+    def stand_still(self) -> None: ...
+
+    def go_on(self) -> None: ...
+
+    async def set_clock(self) -> None:
+        self.told += 1
+        await anyio.sleep(self._late.pop(0) if self._late else 0)
+
+
+def session_of(machine: Any, client: Any) -> Session:
+    return Session(machine, client, SimpleNamespace(), 0.0, "fake")  # type: ignore[arg-type]
+
+
+async def test_no_run_time_is_counted_until_the_machine_runs() -> None:
+    """It waits for a checkpoint to be finished: that may take seconds."""
+    machine, clock, control = Machine(), RunClock(), Control()
+    life = Life(Record(), Quiet())
+    life.state = State.RUN
+    clock.go()
+    async with control.attached(session_of(machine, Client()), clock, life, None):
+        await control.suspend()
+        going = asyncio.ensure_future(control.resume())
+        await machine.asked.wait()
+        before = clock.seconds
+        await anyio.sleep(0.05)  # this is what the test is about
+        after, state = clock.seconds, life.state
+        machine.may.set()
+        await going
+        assert (after, state) == (before, State.SUSPENDED)
+        assert life.state is State.RUN
+        await clock.reach(before + 0.001)
+
+
+@pytest.mark.parametrize(("late", "told"), [((), 1), ((1, 1), 3), ((1,) * 9, 5)])
+async def test_a_time_that_came_late_is_told_again(
+        monkeypatch: pytest.MonkeyPatch, late: tuple[float, ...], told: int) -> None:
+    monkeypatch.setattr(session_module, "CLOCK_LATE", 0.05)
+    client, machine = Client(*(0.06 * each for each in late)), Machine()
+    machine.may.set()
+    await session_of(machine, client).resume()
+    assert client.told == told
