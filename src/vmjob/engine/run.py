@@ -126,12 +126,14 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                         with contextlib.suppress(VmjobError):
                             await sharing.collect()
                     raise
-                if record.exit_code != 0 and hardware.screenshot is not None:
-                    await take_picture(session, hardware.screenshot, grid)
                 life.enter(State.OUTPUTS)
                 await read_mailbox(session, hardware, grid, isolated=isolated)
                 if sharing is not None:
                     await sharing.collect()
+                    if (verdict := await sharing.last_words()) is not None:
+                        verdict.put(record)
+                if record.exit_code != 0 and hardware.screenshot is not None:
+                    await take_picture(session, hardware.screenshot, grid)
                 await _get_outputs(session, request.job, grid, record)
             session.failed = record.exit_code != 0
             life.enter(State.END)

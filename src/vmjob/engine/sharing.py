@@ -15,7 +15,7 @@ from vmjob.engine.folders import Mirror
 from vmjob.engine.session import Session
 from vmjob.engine.slot import Slot
 from vmjob.engine.triggers import Sent, TriggerWatch
-from vmjob.engine.work import Work
+from vmjob.engine.work import Verdict, Work
 from vmjob.errors import GuestError, MachineError, Postponed, VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.host import below
@@ -39,6 +39,7 @@ class Sharing:
     def __init__(self, session: Session, job: Job, grid: Grid, slot: Slot | None,
                  known: Mapping[str, dict[str, Any]]) -> None:
         self._job = job
+        self._triggers: TriggerWatch | None = None
         self._mirrors = {
             folder.name: Mirror(
                 folder, session.client, redact=_redact, warn=grid.warning,
@@ -67,7 +68,7 @@ class Sharing:
                            slot: Slot | None) -> None:
         """Round after round while the tasks run; what goes wrong with a folder ends the job."""
         live = [self._mirrors[folder.name] for folder in self._job.folders if folder.live]
-        watch = self._watch(work, clock, grid, control, slot)
+        watch = self._triggers = self._watch(work, clock, grid, control, slot)
         try:
             while live:
                 await clock.going()
@@ -86,6 +87,10 @@ class Sharing:
         for folder in self._job.folders:
             if folder.writable:
                 await self._mirrors[folder.name].collect()
+
+    async def last_words(self) -> Verdict | None:
+        """After `collect`: how the job ended by its own word, where its last task left one."""
+        return None if self._triggers is None else await self._triggers.last()
 
     def _watch(self, work: Work, clock: RunClock, grid: Grid, control: Control,
                slot: Slot | None) -> TriggerWatch | None:

@@ -113,6 +113,19 @@ class TriggerWatch:
 
     async def look(self) -> None:
         """Act on what is there, and what is not."""
+        await self._hear()
+        verdict = self._completed()
+        if verdict is not None:
+            self._end(verdict)
+        else:
+            await self._pauses()
+
+    async def last(self) -> Verdict | None:
+        """After the last task, and with all of its files here: what it said just before its end."""
+        await self._hear()
+        return self._completed()
+
+    async def _hear(self) -> None:
         triggers = self._triggers
         if triggers.credit and (content := self._changed(triggers.credit)) is not None:
             self._credit(content)
@@ -126,16 +139,19 @@ class TriggerWatch:
             if name not in self._uploaded and below.look(self._root, name) is not None:
                 self._uploaded.add(name)
                 self._grid.upload(name)
-        await self._ends()
 
-    async def _ends(self) -> None:
+    def _completed(self) -> Verdict | None:
+        name = self._triggers.completion
+        if not name or self._shared.version(name) is None:
+            return None  # what came after the checkpoint that the job went back to is yet to come
+        found = below.read(self._root, name, MOST_BYTES)
+        if found is None:
+            return None
+        said = parse_completion(found[1])
+        return Verdict(said.process_exit_code, said.message, said.notice)
+
+    async def _pauses(self) -> None:
         triggers = self._triggers
-        if triggers.completion:
-            found = below.read(self._root, triggers.completion, MOST_BYTES)
-            if found is not None:
-                said = parse_completion(found[1])
-                self._end(Verdict(said.process_exit_code, said.message, said.notice))
-                return
         if triggers.temporary_exit:
             version = self._shared.version(triggers.temporary_exit)
             found = below.read(self._root, triggers.temporary_exit, MOST_BYTES)

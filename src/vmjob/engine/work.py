@@ -45,6 +45,11 @@ class Verdict:
     message: str = ""
     notice: bool = False
 
+    def put(self, record: Record) -> None:
+        """This is how the job ended."""
+        record.exit_code, record.message = self.exit_code, self.message
+        record.notice = self.notice
+
 
 class Work:
     """The tasks of a job. `run` carries them to their end, from ``progress`` on if there is any."""
@@ -136,9 +141,7 @@ class Work:
         if isinstance(self._verdict, VmjobError):
             raise self._verdict
         if self._verdict is not None:
-            record = self._record
-            record.exit_code, record.message = self._verdict.exit_code, self._verdict.message
-            record.notice = self._verdict.notice
+            self._verdict.put(self._record)
 
     async def _one(self, task: Task) -> None:
         """Run a task and judge its end."""

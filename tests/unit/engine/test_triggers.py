@@ -88,6 +88,15 @@ async def test_a_completion_file_ends_the_job_with_what_it_says(tmp_path: Path) 
     assert bench.ends == [Verdict(3, "no input", notice=True)]
 
 
+async def test_an_end_that_the_job_is_yet_to_write_again_does_not_count(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, completion="done")
+    bench.put("done", "0\n")
+    bench.agreed = False  # it came after the checkpoint that the job went back to
+    await bench.watch.look()
+    assert bench.ends == []
+    assert await bench.watch.last() is None
+
+
 async def test_a_job_that_wants_to_wait_is_heard_once(tmp_path: Path) -> None:
     bench = Bench(tmp_path, temporary_exit="later")
     bench.put("later", "60\n0\nno work\n")
