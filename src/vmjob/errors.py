@@ -368,7 +368,7 @@ class Postponed(JobError):
     code = "postponed"
     exit_code = EXIT_TRY_LATER
     retryable = True
-    standing_advice = "Continue it after the delay that it asked for."
+    standing_advice = "Continue it after that time: `vmjob run --resume DIR`."
 
 
 class FolderFull(JobError):

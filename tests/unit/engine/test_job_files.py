@@ -87,6 +87,15 @@ async def test_a_completion_file_ends_the_job_and_what_it_shared_is_collected(
     assert (bench.shared / "result").read_text() == "result\n"
 
 
+async def test_what_a_job_says_just_before_its_last_task_ends_is_heard(bench: Bench) -> None:
+    record = await bench.run(
+        "printf '7\\n1\\nthe end\\n' > shared/done; echo word > shared/trickle",
+        triggers=Triggers(completion="done", trickles=("trickle",)))
+    assert (record.exit_code, record.message, record.notice) == (7, "the end", True)
+    assert bench.grid.trickles == [("trickle", "word\n")]
+    assert not (bench.shared / "trickle").exists()
+
+
 async def test_triggers_that_an_earlier_run_left_are_gone_before_the_first_task(
         bench: Bench) -> None:
     for name in ("done", "later", "fraction", "heart", "trickle"):
