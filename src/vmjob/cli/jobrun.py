@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -84,6 +85,8 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
     """
     from vmjob.job.languages import read_file
 
+    if memory is not None and not 0 < memory < math.inf:
+        raise UsageError(f"{memory} is no size of a memory")
     if arguments[:1] == ("--",):  # it ends vmjob's options; it is none of the job's words
         arguments = arguments[1:]
     where = Surroundings((directory or file.parent).absolute(),

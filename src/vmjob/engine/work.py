@@ -18,7 +18,15 @@ from vmjob.engine.peeking import peek
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record, exit_code_of
 from vmjob.engine.session import Session, beside
-from vmjob.errors import AgentProtocol, GuestRefused, JobError, TimeLimit, VmjobError
+from vmjob.errors import (
+    AgentProtocol,
+    CommandNotExecutable,
+    CommandNotFound,
+    GuestRefused,
+    JobError,
+    TimeLimit,
+    VmjobError,
+)
 from vmjob.grid.contract import Grid
 from vmjob.guest.client import SHORT_COMMAND, Limits, TaskEnd
 from vmjob.job.model import Job, OnFlood, Task
@@ -172,7 +180,12 @@ class Work:
                 self._since = self._clock.seconds
                 if task.fraction_file is not None:
                     await self._remove(task.fraction_file)
-                self._number = await self._start(task, feeds)
+                try:
+                    self._number = await self._start(task, feeds)
+                except (CommandNotFound, CommandNotExecutable) as error:
+                    if not task.may_fail:
+                        raise
+                    return self._never_began(error)
             self._grid.task(task.title, len(self._record.tasks) + 1, len(self._tasks))
         number = self._number
         async with beside(self._feed(number, feeds)), beside(self._enforce(task, number)), \
@@ -185,6 +198,15 @@ class Work:
             self._record.exit_code = exit_code_of(end)
             self._number, self._offsets, self._base = None, {}, dict(self._output.position)
             client.forget(number)
+        return end
+
+    def _never_began(self, error: VmjobError) -> TaskEnd:
+        """The end of a task whose program is not there, as a shell would have it."""
+        self._grid.warning(error.message)
+        end = TaskEnd(exit_code=error.exit_code, signal=None, wall_seconds=0.0, rusage={},
+                      ended_by=None, cpu_seconds=None, memory_peak_bytes=None, oom_kills=0)
+        self._record.tasks.append(end)
+        self._record.exit_code = error.exit_code
         return end
 
     async def _start(self, task: Task, feeds: bool) -> int:

@@ -12,7 +12,7 @@ __all__ = ["exists", "read_bounded", "resolved"]
 
 #: A link file holds one path; the client reads no more of one than this.
 _MOST = 4096
-_LINK = re.compile(r"\s*<soft_link>([^<>\0\r\n]+)</soft_link>")
+_LINK = re.compile(r"[ \t]*<soft_link>([^<>\0\r\n]+)</soft_link>")
 
 
 def resolved(path: Path) -> Path:

@@ -133,6 +133,14 @@ async def test_a_task_that_may_fail_does_not_end_the_job(run: Runner) -> None:
     assert run.grid.warnings == ["unpack failed (3), which it may"]
 
 
+async def test_a_program_that_is_not_there_may_be_missing_too(run: Runner) -> None:
+    record = await run(Task(("no-such-program",), may_fail=True), sh("true"))
+    assert (record.exit_code, record.error) == (0, None)
+    assert [end.exit_code for end in record.tasks] == [127, 0]
+    record = await run(Task(("no-such-program",)), sh("true"))
+    assert record.error is not None
+
+
 async def test_a_task_is_ended_at_its_own_limit_and_the_next_one_runs(run: Runner) -> None:
     record = await run(sh("sleep 60", time_limit=0.3), sh("echo next", stdout="out"),
                        outputs=("out",))
