@@ -252,6 +252,14 @@ class BootTimeout(MachineError):
     standing_advice = "The computer may be overloaded: try again, or give it more time."
 
 
+class ClockWrong(MachineError):
+    """The guest's kernel measured its processor's clock while the computer was too busy."""
+
+    code = "clock-wrong"
+    retryable = True
+    standing_advice = "Try again when the computer is less busy."
+
+
 class MachineDied(MachineError):
     """The machine's process ended while a job ran: nobody knows how far the job got."""
 

@@ -16,7 +16,7 @@ import anyio.to_thread
 from vmjob.engine.ownership import claim, held
 from vmjob.engine.starting import boot
 from vmjob.engine.templates import Lease, TemplateStore, cap, key_of, room_for
-from vmjob.errors import HostDiskFull, TemplateUnusable
+from vmjob.errors import AgentProtocol, ClockWrong, HostDiskFull, TemplateUnusable
 from vmjob.guest.client import SHORT_COMMAND, AgentClient, Identity
 from vmjob.home import Home
 from vmjob.host.unbroken import unbroken
@@ -29,6 +29,10 @@ WARMING = (("true",), ("true",), ("sh", "-c", "true"), ("python3", "-c", "pass")
 #: Seconds for which the machine is left alone before it is frozen: the kernel has work that it puts
 #: off (writing back, RCU), which else every copy would do.
 QUIET = 0.5
+#: By how much a machine's clock may seem faster or slower than this computer's, and how often a
+#: machine whose clock is wrong is made anew.
+CLOCK_SLACK = 0.05
+CLOCK_ATTEMPTS = 3
 
 
 async def lease(home: Home, driver: Driver, shape: MachineSpec,
@@ -36,7 +40,7 @@ async def lease(home: Home, driver: Driver, shape: MachineSpec,
     """The template for machines of this shape; made first when there is none, or a damaged one.
 
     When several processes ask at once, one makes it and the others wait. Raises `HostDiskFull`,
-    `TemplateUnusable` or what booting a machine raises.
+    `TemplateUnusable`, `ClockWrong` or what booting a machine raises.
     """
     store = TemplateStore(home)
     key, identity = key_of(driver, shape)
@@ -48,7 +52,7 @@ async def lease(home: Home, driver: Driver, shape: MachineSpec,
     async with held(home.locks / f"template-{key}"):
         found = await _in_thread(_usable, store, key)
         if found is None:
-            await _make(home, driver, shape, identity)
+            await _make_right(home, driver, shape, identity)
             found = await _in_thread(_usable, store, key)
     if found is None:
         raise TemplateUnusable("a template was removed as soon as it was made")
@@ -84,6 +88,18 @@ def _usable(store: TemplateStore, key: str) -> Lease | None:
         return None
 
 
+async def _make_right(home: Home, driver: Driver, shape: MachineSpec,
+                      identity: dict[str, Any]) -> None:
+    """Make a template whose clock is right: all copies will have it."""
+    for _ in range(CLOCK_ATTEMPTS - 1):
+        try:
+            await _make(home, driver, shape, identity)
+        except ClockWrong:
+            continue
+        return
+    await _make(home, driver, shape, identity)
+
+
 async def _make(home: Home, driver: Driver, shape: MachineSpec,
                 identity: dict[str, Any]) -> None:
     if not room_for(home, shape):
@@ -113,10 +129,33 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec,
             await machine.destroy()
 
 
+async def _clock(client: AgentClient) -> tuple[float, float, float]:
+    """The machine's time of day, and this computer's clock before and after it was asked."""
+    before = time.monotonic()
+    said = (await client.ping()).get("time")
+    if not isinstance(said, float):
+        raise AgentProtocol("an agent that does not know the time")
+    return before, said, time.monotonic()
+
+
+def _check_clock(first: tuple[float, float, float], second: tuple[float, float, float]) -> None:
+    """Raise `ClockWrong` for a machine whose clock is not as fast as this computer's.
+
+    A kernel measures its processor's clock when it boots; on a computer that is busy then, it may
+    be wrong by any factor.
+    """
+    least, most = second[0] - first[2], second[2] - first[0]
+    went = second[1] - first[1]
+    if not least * (1 - CLOCK_SLACK) <= went <= most * (1 + CLOCK_SLACK):
+        raise ClockWrong(f"the machine's clock went {went:.2f} s in {most:.2f} s, because this "
+                         "computer was busy while it booted")
+
+
 async def _warm(client: AgentClient, directory: Path) -> None:
     """Do everything once that jobs will do."""
     async def drop(stream: str, data: bytes) -> None: ...
 
+    began = await _clock(client)
     await client.settle()
     for argv in WARMING:
         task = await client.start(list(argv), wait=SHORT_COMMAND)
@@ -130,4 +169,5 @@ async def _warm(client: AgentClient, directory: Path) -> None:
     await client.put(source, "warm")
     await client.get("warm", directory / "back", limit=100)
     await client.delete("warm")
+    _check_clock(began, await _clock(client))
     await client.introduce(Identity.fresh("template", network=False))

@@ -81,4 +81,4 @@ async def test_folders_that_a_disk_cannot_have_are_told(
     folders = (Folder("shared", tmp_path / "shared", "/root/shared"),)
     await run_foreign(home, request(tmp_path, fake_shape, None, EndReason.POWERED_OFF,
                                     folders=folders), grid)
-    assert ["not shared" in text for text in grid.warnings] == [True]
+    assert ["folders" in text for text in grid.warnings] == [True]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from vmjob.engine import freezing, templates
 from vmjob.engine.session import Session, open_session
 from vmjob.engine.templates import Template, TemplateStore, key_of
 from vmjob.errors import UsageError
+from vmjob.guest.client import AgentClient
 from vmjob.home import Home
 from vmjob.machine.contract import BootParts, MachineSpec
 from vmjob.machine.fake import FakeDriver, Faults
@@ -384,3 +386,39 @@ async def test_a_making_that_is_killed_at_any_step_leaves_nothing_that_is_used(
     assert session.cold_because is None
     assert list(home.machines.iterdir()) == []
     assert [each.name for each in home.templates.iterdir()] == [only(store).key]
+
+
+class FastClock:
+    """Makes the clocks of so many machines go too fast, as an overloaded computer does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, wrong: int) -> None:
+        self.asked = 0
+        ping = AgentClient.ping
+
+        async def lying(client: AgentClient, deadline: float = 60.0) -> dict[str, Any]:
+            answer = await ping(client, deadline)
+            self.asked += 1
+            if self.asked <= 2 * wrong and not self.asked % 2:
+                answer["time"] += 60.0
+            return answer
+
+        patch.setattr(AgentClient, "ping", lying)
+
+
+async def test_a_machine_whose_clock_is_wrong_becomes_no_template(
+        home: Home, shape: MachineSpec, store: TemplateStore,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FastClock(monkeypatch, wrong=1)
+    assert (await use(home, shape)).cold_because is None
+    assert clock.asked == 4  # twice for each of two machines
+    assert only(store)
+
+
+async def test_where_no_clock_is_right_machines_boot_and_say_why(
+        home: Home, shape: MachineSpec, store: TemplateStore,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    FastClock(monkeypatch, wrong=9)
+    because = (await use(home, shape)).cold_because
+    assert because is not None
+    assert "clock" in because
+    assert store.all() == []
