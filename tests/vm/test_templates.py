@@ -199,3 +199,13 @@ async def test_a_freeze_that_is_killed_leaves_nothing(vm_home: Home) -> None:
     out, err = vmjob_run("--memory", "140", "--", "echo", "works").communicate(timeout=300)
     assert (out, err) == ("works\n", "")
     assert list(vm_home.machines.iterdir()) == []
+
+
+@pytest.mark.usefixtures("vm_home")
+def test_a_machine_of_more_memory_is_a_copy_as_well() -> None:
+    """Its kernel keeps more of it free, and gives up everything else for that."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmjob", "run", "--json", "--memory", "1024", "--accel", "tcg", "--",
+         "true"], capture_output=True, text=True, timeout=250, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["machine"]["started_from"] == "template"

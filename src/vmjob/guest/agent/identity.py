@@ -17,7 +17,7 @@ import struct
 import time
 from typing import Any
 
-from .place import Place, memory_facts, write_file
+from .place import Place, memory_facts, read_file, write_file
 
 #: ``_IOW('R', 0x03, int[2])`` and ``_IO('R', 0x07)`` (Linux, include/uapi/linux/random.h).
 RNDADDENTROPY = 0x40085203
@@ -102,6 +102,15 @@ def drop_caches(place: Place) -> None:
         write_file("/proc/sys/vm/drop_caches", "3")
 
 
+def left_free(total: int, least: int) -> int:
+    """Bytes that stay free: who takes more makes the kernel give up everything else instead.
+
+    It begins to at one and a half times ``least`` (vm.min_free_kbytes), and keeps a 256th of the
+    memory for devices that reach only the lowest (vm.lowmem_reserve_ratio).
+    """
+    return max(LEFT_FREE, 2 * least + total // 256)
+
+
 def clear_free_memory(place: Place) -> None:
     """Fill free memory with zeros, so that the host need not keep it."""
     if not place.owns_kernel:
@@ -109,8 +118,12 @@ def clear_free_memory(place: Place) -> None:
     with contextlib.suppress(OSError):
         write_file("/proc/sys/vm/compact_memory", "1")
     held: list[mmap.mmap] = []
+    facts = memory_facts()
+    left = left_free(facts["MemTotal"], int(read_file("/proc/sys/vm/min_free_kbytes") or 0) * 1024)
     with contextlib.suppress(OSError):
-        while memory_facts()["MemFree"] > LEFT_FREE + CLEARED_AT_ONCE:
+        for _ in range(facts["MemTotal"] // CLEARED_AT_ONCE):
+            if memory_facts()["MemFree"] <= left + CLEARED_AT_ONCE:
+                break
             # The kernel clears each page that it gives away.
             held.append(mmap.mmap(-1, CLEARED_AT_ONCE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
                                   | mmap.MAP_POPULATE))
