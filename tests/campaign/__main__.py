@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,26 @@ from vmjob.image.recipe import Recipe
 from vmjob.image.store import ImageStore
 
 
+@contextlib.contextmanager
+def _fields(jobs: int) -> Iterator[tuple[Path, list[killing.Field]]]:
+    """A place of its own for each of so many jobs at a time, with the default image; then gone."""
+    store = ImageStore(Home())
+    recipe = Recipe()
+    image = store.current(recipe) or store.build(recipe, lambda fraction, text: None)
+    place = Path(tempfile.mkdtemp(prefix="campaign-"))
+    try:
+        fields = []
+        for number in range(jobs):
+            below = place / f"{number}"
+            below.mkdir()
+            home = Home(below / "home")
+            lend(image, home)
+            fields.append(killing.Field(below, home))
+        yield place, fields
+    finally:
+        remove_tree(place)
+
+
 @click.group()
 def main() -> None:
     """Crash vmjob by the hundred and look at what becomes of its jobs."""
@@ -36,21 +58,8 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def kills(count: int, seed: int | None, jobs: int, minutes: float | None, as_json: bool) -> None:
     """Kill real jobs at random steps, continue them, compare every byte."""
-    store = ImageStore(Home())
-    recipe = Recipe()
-    image = store.current(recipe) or store.build(recipe, lambda fraction, text: None)
-    place = Path(tempfile.mkdtemp(prefix="campaign-"))
-    try:
-        fields = []
-        for number in range(jobs):
-            below = place / f"{number}"
-            below.mkdir()
-            home = Home(below / "home")
-            lend(image, home)
-            fields.append(killing.Field(below, home))
+    with _fields(jobs) as (_, fields):
         found = killing.campaign(fields, count, _seed(seed), minutes and minutes * 60)
-    finally:
-        remove_tree(place)
     if as_json:
         _print(json.dumps(found, indent=1))
     else:
@@ -76,24 +85,11 @@ def kills(count: int, seed: int | None, jobs: int, minutes: float | None, as_jso
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def steps(jobs: int, only: str, as_json: bool) -> None:
     """Kill vmjob, QEMU and both at every step there is, one after the other."""
-    store = ImageStore(Home())
-    recipe = Recipe()
-    image = store.current(recipe) or store.build(recipe, lambda fraction, text: None)
-    place = Path(tempfile.mkdtemp(prefix="campaign-"))
-    try:
-        fields = []
-        for number in range(jobs):
-            below = place / f"{number}"
-            below.mkdir()
-            home = Home(below / "home")
-            lend(image, home)
-            fields.append(killing.Field(below, home))
+    with _fields(jobs) as (place, fields):
         kept = place / "0" / "golden"
         stepping.golden(fields[0], kept)
         known = stepping.numbered(fields[0], kept)
         found = stepping.campaign(fields, kept, [each for each in known if only in each.kind])
-    finally:
-        remove_tree(place)
     if as_json:
         _print(json.dumps(found, indent=1))
     else:
