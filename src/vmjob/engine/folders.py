@@ -60,8 +60,7 @@ class Mirror:
     checkpoint was made. ``journal``: a file of the slot that tells what came from the guest, over
     the ends of processes; without it, files that came after a checkpoint count as the host's own
     once the machine went back to it. ``base``: the directory that BOINC's links are relative to;
-    the folder itself by default. ``overwrite_linked``: the guest may change linked files that were
-    there before it, too, which may be those of other jobs.
+    the folder itself by default.
 
     Every method may raise what a lost machine raises; `HostDiskFull`; `FolderFull` when all that
     fits was done.
@@ -69,14 +68,12 @@ class Mirror:
 
     def __init__(self, folder: Folder, client: AgentClient, *, redact: Callable[[bytes], bytes],
                  warn: Callable[[str], None], known: Mapping[str, Any] | None = None,
-                 journal: Path | None = None, base: Path | None = None,
-                 overwrite_linked: bool = False) -> None:
+                 journal: Path | None = None, base: Path | None = None) -> None:
         self.folder = folder
         self._client = client
         self._redact = redact
         self._warn = warn
         self._base = base or folder.source
-        self._overwrite_linked = overwrite_linked
         self._journal = Journal(journal)
         self._agreed: dict[str, Pair] = {}
         self._guest: dict[str, Stamp] = {}
@@ -257,7 +254,7 @@ class Mirror:
             # One that is not there yet, or came from the guest of an earlier run, is an output.
             now = _stamp_of(target)
             mine = now is None or self._journal.came.get(name) == now
-            links[name] = (target, mine or self._overwrite_linked)
+            links[name] = (target, mine)
         self._links = links  # at once: `known` may be called meanwhile
 
     async def _hear(self, *, begin: bool = False) -> bool:
