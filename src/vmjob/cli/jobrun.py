@@ -13,7 +13,7 @@ import click
 from vmjob.cli.carrying import How, carry, leave
 from vmjob.cli.run import CHECKPOINT_EVERY
 from vmjob.errors import JobFileInvalid, UsageError
-from vmjob.job.model import Job
+from vmjob.job.model import SHARED, Job
 from vmjob.job.packages import with_packages
 from vmjob.job.reading import Level, Reading, Surroundings
 from vmjob.machine.contract import Priority
@@ -98,7 +98,7 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
                   trickle_every=trickle or job.trickle_every)
     if sporadic:
         job = replace(job, folders=tuple(
-            replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == "shared"
+            replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == SHARED
             else folder for folder in job.folders))
     job = apart(with_packages(job), slot, None if events in (None, "-") else Path(events))
     how = How(accel=accel, cpu=cpu or job.cpu or "baseline", cold=cold, stdin=stdin, slot=slot,

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from vmjob.errors import AgentProtocol, GuestRefused, ImageOutdated, UsageError
 from vmjob.guest.client import AgentClient
+from vmjob.job.model import MAILBOX_HALF
 
 __all__ = ["DEVICE", "MOST", "SIZE", "Mailbox", "pack", "unpack"]
 
 #: Bytes of the disk, of each half of it, and of a note without its NUL.
 SIZE = 28672
-HALF = 14335
+HALF = MAILBOX_HALF
 MOST = HALF - 1
 #: Where the flags are.
 FOR_GUEST, FOR_HOST = 2 * HALF, 2 * HALF + 1

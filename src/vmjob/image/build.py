@@ -140,7 +140,7 @@ def build(recipe: Recipe, directory: Path, progress: Progress) -> Manifest:
     progress(0.0, "starting")
     overlay = work / "overlay.tar"
     overlay.write_bytes(guestfiles.overlay_tar(guestfiles.agent_sources(),
-                                               guestfiles.library_sources(),
+                                               guestfiles.job_library(),
                                                guestfiles.resource("pid1"), SOURCE_DATE_EPOCH))
     # Without root it works as another user, who could not pass through our directories.
     as_root = os.geteuid() == 0

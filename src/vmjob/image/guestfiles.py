@@ -6,7 +6,7 @@ import importlib.resources
 import io
 import tarfile
 
-__all__ = ["agent_sources", "digest_input", "library_sources", "overlay_tar", "resource"]
+__all__ = ["agent_sources", "digest_input", "job_library", "overlay_tar", "resource"]
 
 #: Where the guest keeps our files.
 GUEST_DIRECTORY = "usr/lib/vmjob"
@@ -34,7 +34,7 @@ def agent_sources() -> dict[str, bytes]:
             if entry.name.endswith(".py") and entry.is_file()}
 
 
-def library_sources() -> dict[str, bytes]:
+def job_library() -> dict[str, bytes]:
     """What jobs may use to talk to the host: file name -> source."""
     directory = importlib.resources.files("vmjob") / "guest" / "library"
     return {name: (directory / name).read_bytes() for name in LIBRARY}
@@ -44,7 +44,7 @@ def digest_input() -> list[tuple[str, bytes]]:
     """All guest files as (name, content): what an image's digest covers."""
     scripts = [(f"script/{name}", resource(name)) for name in ("customize", "init", "pid1")]
     scripts += [(f"agent/{name}", data) for name, data in agent_sources().items()]
-    return scripts + [(f"library/{name}", data) for name, data in library_sources().items()]
+    return scripts + [(f"library/{name}", data) for name, data in job_library().items()]
 
 
 def overlay_tar(agent: dict[str, bytes], library: dict[str, bytes], pid1: bytes,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 
 from vmjob.job.markup import parse
+from vmjob.job.model import MAILBOX_HALF
 from vmjob.job.secrets import redacted
 
-__all__ = ["BUFFER_BYTES", "mailbox"]
-
-#: Half of a floppy disk's 28672 bytes, without the two flags at its end; the last byte is a zero.
-BUFFER_BYTES = 14335
+__all__ = ["mailbox"]
 
 _CONTAINERS = frozenset({"host_info", "proxy_info", "global_preferences", "project_preferences"})
 #: Key of CERN's guests -> element of init_data.xml, and whether it is a number with a point.
@@ -21,13 +19,13 @@ _CERN = (("BOINC_USERNAME", "user_name", False), ("BOINC_AUTHENTICATOR", "", Fal
 
 
 def mailbox(init_data: str, *, cern: bool = False) -> bytes:
-    """What the host's half of the disk holds, at most `BUFFER_BYTES` - 1 bytes, without the zero.
+    """What the host's half of the disk holds, at most `MAILBOX_HALF` - 1 bytes, without the zero.
 
     ``cern``: six lines KEY=value. The authenticator is left empty in either form: a job that gives
     it to a machine gives the volunteer's account away.
     """
     text = _cern(init_data) if cern else redacted(init_data)
-    return text.encode("utf-8", "replace")[:BUFFER_BYTES - 1]
+    return text.encode("utf-8", "replace")[:MAILBOX_HALF - 1]
 
 
 def _cern(init_data: str) -> str:

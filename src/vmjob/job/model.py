@@ -23,6 +23,8 @@ MOST_CPUS = 255
 MOST_DISK_GB = 1024
 #: Bytes of stdout, and of stderr, that a job may write before `OnFlood` applies.
 DEFAULT_STREAM_LIMIT = 1 << 30
+#: Bytes of each half of the mailbox, a floppy disk of 28672: one for the guest, one for the host.
+MAILBOX_HALF = 14335
 #: The folder in which trigger files are.
 SHARED = "shared"
 

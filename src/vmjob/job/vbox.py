@@ -16,9 +16,10 @@ from pathlib import Path
 from vmjob.job import values
 from vmjob.job.files import Folder
 from vmjob.job.links import exists, read_bounded, resolved
-from vmjob.job.mailbox import BUFFER_BYTES, mailbox
+from vmjob.job.mailbox import mailbox
 from vmjob.job.markup import MAX_BYTES, Element, parse, shown
 from vmjob.job.model import (
+    MAILBOX_HALF,
     MOST_MEMORY_MB,
     Forward,
     Hardware,
@@ -460,7 +461,7 @@ def _mailbox(given: _Given, where: Surroundings, findings: list[Finding]) -> byt
     if init_data is None:
         return b""
     content = mailbox(init_data, cern=given.on("enable_cern_dataformat"))
-    if len(content) == BUFFER_BYTES - 1:
+    if len(content) == MAILBOX_HALF - 1:
         _add(findings, Level.NOTE, line, "mailbox-full",
              f"{INIT_DATA} is longer than the floppy disk's buffer; its end is cut off")
     return content

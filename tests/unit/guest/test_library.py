@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vmjob
-from vmjob.image.guestfiles import LIBRARY, library_sources
+from vmjob.image.guestfiles import LIBRARY, job_library
 
 SOURCES = Path(vmjob.__file__).parent / "guest" / "library"
 SAID = ["fraction_done 0.25", "ops_cumulative 1500000000000 7", "checkpoint_completed"]
@@ -83,5 +83,5 @@ def test_vboxmonitor_copies_its_input_to_its_output_and_to_the_host(tmp_path: Pa
 
 
 def test_every_file_of_it_is_in_the_images() -> None:
-    assert set(library_sources()) == set(LIBRARY) == {
+    assert set(job_library()) == set(LIBRARY) == {
         path.name for path in SOURCES.iterdir() if path.is_file()}

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmjob.job.links import read_bounded, resolved
-from vmjob.job.mailbox import BUFFER_BYTES, mailbox
+from vmjob.job.mailbox import mailbox
+from vmjob.job.model import MAILBOX_HALF
 from vmjob.job.secrets import redacted
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -83,7 +84,7 @@ def test_a_name_cannot_add_a_line_to_the_mailbox() -> None:
 
 @given(st.text(), st.booleans())
 def test_any_text_fits_the_mailbox(text: str, cern: bool) -> None:
-    assert len(mailbox(text * 500, cern=cern)) < BUFFER_BYTES
+    assert len(mailbox(text * 500, cern=cern)) < MAILBOX_HALF
 
 
 # -- link files ------------------------------------------------------------------------------
