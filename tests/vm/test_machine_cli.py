@@ -97,15 +97,17 @@ def test_ctrl_c_ends_the_command_in_the_machine_and_not_the_machine(vm_home: Hom
     vmjob("create", "lab", "--memory", "256", "--accel", "tcg")
     vmjob("start", "lab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "vmjob", "machine", "exec", "lab", "--", "sh", "-c",
-         "echo on; sleep 1000"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        [sys.executable, "-m", "vmjob", "machine", "exec", "lab", "--", "python3", "-c",
+         # No shell: while one starts its next program, it holds a SIGINT back from both.
+         "import time; print('on', flush=True); time.sleep(1000)"],
+        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert process.stdout
     with process.stdout:
         assert process.stdout.readline() == b"on\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
     assert vmjob("exec", "lab", "--", "sh", "-c",
-                 "grep -l ^sleep /proc/[0-9]*/comm || echo none") == b"none\n"
+                 "grep -l 'time.slee[p]' /proc/[0-9]*/cmdline || echo none") == b"none\n"
     pid = status()["pid"]
     assert isinstance(pid, int)
     assert psutil.Process(pid).ppid() != os.getpid()
