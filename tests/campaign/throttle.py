@@ -13,6 +13,7 @@ import anyio
 import psutil
 
 from tests.campaign import ticking
+from vmjob.engine.clock import Pace
 from vmjob.engine.control import Control
 from vmjob.engine.record import Record
 from vmjob.engine.run import Request, Survival, run_job
@@ -148,7 +149,8 @@ async def throttle(home: Home, image: Image, place: Path, minutes: float, on: fl
     with Slot.claim(place / "slot") as slot:
         slot.begin(Asked(job))
         running = asyncio.ensure_future(run_job(home, Request(
-            job, QemuDriver(), shape, {}, survival=Survival(slot, EVERY), control=control), heard))
+            job, QemuDriver(), shape, {}, survival=Survival(slot, Pace(EVERY)),
+            control=control), heard))
         throttling = asyncio.ensure_future(worker.while_it_runs())
         record = await running
         throttling.cancel()

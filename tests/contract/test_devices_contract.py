@@ -131,6 +131,35 @@ async def test_a_forward_is_for_this_computer_only_unless_it_is_remote(
         socket.create_connection(("127.0.0.2", remote), 10).close()
 
 
+async def test_nothing_passes_while_the_networks_cable_is_pulled(
+        driver: Driver, spec: MachineSpec) -> None:
+    if driver.name == "simulated":
+        pytest.skip("no program of a simulated machine listens")
+    machine = await driver.create(replace(spec, network="nat"))
+    async with running(machine) as client, server_in(client) as guest_port:
+        port = await machine.forward(0, guest_port)
+        assert await ask(port) == b"hellohello"
+        await machine.set_network(False)
+        async with anyio.create_task_group() as group:
+            answers: list[bytes] = []
+
+            async def ask_meanwhile() -> None:
+                answers.append(await ask(port))
+
+            group.start_soon(ask_meanwhile)
+            await anyio.sleep(1)  # that nothing comes can only be waited for
+            assert answers == []
+            await machine.set_network(True)
+        assert answers == [b"hellohello"]
+
+
+async def test_a_machine_without_a_network_has_no_cable(driver: Driver,
+                                                        spec: MachineSpec) -> None:
+    async with running(machine := await driver.create(spec)):
+        with pytest.raises(NotSupported):
+            await machine.set_network(False)
+
+
 async def test_a_port_that_is_taken_is_told_and_another_can_be_had(
         driver: Driver, spec: MachineSpec) -> None:
     async with running(machine := await driver.create(replace(spec, network="nat"))):

@@ -115,6 +115,7 @@ async def carry(job: Job | None, how: How) -> int:
 
 async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Control,
                  grid: _Grid) -> Record:
+    from vmjob.engine.clock import Pace
     from vmjob.engine.run import Request, Survival, run_job
     from vmjob.machine.qemu.driver import QemuDriver
     from vmjob.shape import doubt, machine_shape
@@ -125,7 +126,7 @@ async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Con
         network=job.network, cpu=how.cpu, progress=grid.building)
     survival = None
     if slot is not None:
-        survival = Survival(slot, how.every, how.slot_limit and how.slot_limit * MIB)
+        survival = Survival(slot, Pace(how.every), how.slot_limit and how.slot_limit * MIB)
     facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
              "kernel": image.manifest.kernel_version}
     shape = replace(shape, priority=how.priority, display=job.hardware.screen)

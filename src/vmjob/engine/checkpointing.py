@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 from msgspec import structs
 
-from vmjob.engine.clock import RunClock
+from vmjob.engine.clock import Pace, RunClock
 from vmjob.engine.generations import Generation
 from vmjob.engine.keeping import keep, turn
 from vmjob.engine.life import Life, State
@@ -48,13 +48,13 @@ class Checkpointer:
         self._folders = folders
         self._told: str | None = None
 
-    async def every(self, seconds: float) -> None:
-        """Make one after each so many seconds of the job's run time, for ever.
+    async def every(self, pace: Pace) -> None:
+        """Make one at this pace of the job's run time, for ever.
 
         One that fails is told, and the next one is made as usual.
         """
         while True:
-            await self._clock.reach(self._clock.seconds + seconds)
+            await pace.passed(self._clock)
             try:
                 await self.take()
             except (VmjobError, OSError) as error:

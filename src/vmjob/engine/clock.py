@@ -6,7 +6,7 @@ import time
 
 import anyio
 
-__all__ = ["RunClock"]
+__all__ = ["Pace", "RunClock"]
 
 
 class RunClock:
@@ -50,3 +50,42 @@ class RunClock:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
+
+
+class Pace:
+    """How often something is done: every ``seconds`` of run time, or never (None).
+
+    Whoever wants it done may change that at any time.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = seconds
+        self._changed = anyio.Event()
+
+    @property
+    def seconds(self) -> float | None:
+        return self._seconds
+
+    def change(self, seconds: float | None) -> None:
+        """From now on, and for the wait that is under way."""
+        if seconds != self._seconds:
+            self._seconds = seconds
+            self._changed.set()
+            self._changed = anyio.Event()
+
+    async def passed(self, clock: RunClock) -> None:
+        """Wait until that much run time is over since now."""
+        began = clock.seconds
+        while True:
+            changed, due = self._changed, None if self._seconds is None else began + self._seconds
+            if due is not None and clock.seconds >= due:
+                return
+            async with anyio.create_task_group() as waiting:
+                async def heard(changed: anyio.Event = changed) -> None:
+                    await changed.wait()
+                    waiting.cancel_scope.cancel()
+
+                waiting.start_soon(heard)
+                if due is not None:
+                    await clock.reach(due)
+                    waiting.cancel_scope.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
@@ -14,25 +14,45 @@ if TYPE_CHECKING:
     from vmjob.engine.checkpointing import Checkpointer
     from vmjob.engine.clock import RunClock
     from vmjob.engine.generations import Generation
-    from vmjob.engine.session import Session
+    from vmjob.machine.contract import Machine
 
 __all__ = ["Control"]
 
 
+class Sleeper(Protocol):
+    """What stands still: a `Session`, or a machine without an agent."""
+
+    @property
+    def machine(self) -> Machine: ...
+
+    async def suspend(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+
 class Control:
-    """Suspend, resume and keep one job. Before its tasks run, and after, these do nothing."""
+    """Suspend, resume and keep one job; cut off its network.
+
+    A wish to stand still, or to be without a network, that comes before the tasks run is obeyed
+    when they begin; a job whose tasks have ended just ends.
+    """
 
     def __init__(self) -> None:
-        self._parts: tuple[Session, RunClock, Life] | None = None
+        self._parts: tuple[Sleeper, RunClock, Life] | None = None
+        self._still = False
+        self._online = True
         self._checkpointer: Checkpointer | None = None
         self._turn = anyio.Lock()
 
     @contextlib.asynccontextmanager
-    async def attached(self, session: Session, clock: RunClock, life: Life,
+    async def attached(self, session: Sleeper, clock: RunClock, life: Life,
                        checkpointer: Checkpointer | None) -> AsyncIterator[None]:
         """The job's tasks run while the block does; a machine that stands still then goes on."""
         self._parts, self._checkpointer = (session, clock, life), checkpointer
         try:
+            await self.set_network(self._online)
+            if self._still:
+                await self.suspend()
             yield
         finally:
             async with self._turn:
@@ -42,6 +62,7 @@ class Control:
 
     async def suspend(self) -> bool:
         """Stand still; true when the job does. Its clock stands still as well."""
+        self._still = True
         async with self._turn:
             if self._parts is None:
                 return False
@@ -53,6 +74,7 @@ class Control:
 
     async def resume(self) -> None:
         """Go on after `suspend`."""
+        self._still = False
         async with self._turn:
             if self._parts is None:
                 return
@@ -60,7 +82,20 @@ class Control:
             if life.state is State.SUSPENDED:
                 await self._go_on(session, clock, life)
 
-    async def _go_on(self, session: Session, clock: RunClock, life: Life) -> None:
+    async def set_network(self, available: bool) -> None:
+        """Let the job reach its network, if it has one, or not."""
+        self._online = available
+        if self._parts is not None:
+            machine = self._parts[0].machine
+            if machine.spec.network != "none":
+                await machine.set_network(available)
+
+    @property
+    def pid(self) -> int | None:
+        """The process that the job's machine is, while tasks run in it."""
+        return self._parts[0].machine.pid if self._parts is not None else None
+
+    async def _go_on(self, session: Sleeper, clock: RunClock, life: Life) -> None:
         try:
             await session.machine.resume()  # when the checkpoint under way is finished
         finally:

@@ -30,6 +30,19 @@ if TYPE_CHECKING:
 __all__ = ["run_foreign"]
 
 
+class _Bare:
+    """A machine that nobody talks to: it stands still and goes on, and that is all."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    async def suspend(self) -> None:
+        await self.machine.suspend()
+
+    async def resume(self) -> None:
+        """Its guest has to find out the time by itself."""
+
+
 async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
     """Carry a job without tasks, on the disk or CD that it brings; see `run_job`.
 
@@ -55,7 +68,11 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
                 record.machine |= machine.facts()
                 life.enter(State.INPUTS)
                 life.enter(State.RUN)
-                _judge(machine, await _its_end(machine, request.job, grid), request.job)
+                clock = RunClock()
+                clock.go()
+                async with request.control.attached(_Bare(machine), clock, life, None):
+                    ended = await _its_end(machine, clock, request.job, grid)
+                _judge(machine, ended, request.job)
                 record.exit_code, record.status = 0, "succeeded"
             except VmjobError as error:
                 if request.keep is not None:
@@ -94,10 +111,8 @@ def _say_what_is_missing(request: Request, grid: Grid) -> None:
                      + ", ".join(missing))
 
 
-async def _its_end(machine: Machine, job: Job, grid: Grid) -> Ended | None:
+async def _its_end(machine: Machine, clock: RunClock, job: Job, grid: Grid) -> Ended | None:
     """How the machine ended by itself; None when its time was over."""
-    clock = RunClock()
-    clock.go()
     limits = [limit for limit in (job.time_limit, job.duration) if limit is not None]
     ended: list[Ended] = []
 

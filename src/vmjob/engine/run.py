@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from vmjob.engine.clock import RunClock
+from vmjob.engine.clock import Pace, RunClock
 from vmjob.engine.control import Control
 from vmjob.engine.devices import fill_mailbox, read_mailbox, show_screen, take_picture
 from vmjob.engine.life import Life, State
@@ -49,13 +49,13 @@ CLOCK_JUMP = 1.0
 class Survival:
     """How a job survives the end of the process that carries it.
 
-    Everything of it is in ``slot``. A checkpoint is made after each ``every`` seconds of run time
-    (None: only when asked for); the slot may take ``disk_limit`` bytes (None: what there is). Where
-    the slot has checkpoints, the job continues from the newest that is good.
+    Everything of it is in ``slot``. Checkpoints are made at ``pace`` (None in it: only when asked
+    for); the slot may take ``disk_limit`` bytes (None: what there is). Where the slot has
+    checkpoints, the job continues from the newest that is good.
     """
 
     slot: Slot
-    every: float | None = None
+    pace: Pace = field(default_factory=Pace)
     disk_limit: int | None = None
 
 
@@ -246,8 +246,8 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
             if sharing is not None:
                 await helpers.enter_async_context(beside(sharing.keep_in_step(
                     work, clock, grid, request.control, survival.slot if survival else None)))
-            if checkpointer is not None and survival is not None and survival.every is not None:
-                await helpers.enter_async_context(beside(checkpointer.every(survival.every)))
+            if checkpointer is not None and survival is not None:
+                await helpers.enter_async_context(beside(checkpointer.every(survival.pace)))
             await work.run()
         if sharing is not None:
             await sharing.last_words()

@@ -217,6 +217,11 @@ class Machine(Protocol):
     @property
     def spec(self) -> MachineSpec: ...
 
+    @property
+    def pid(self) -> int | None:
+        """The process that the guest runs in, once it was started; None where it has none."""
+        ...
+
     async def start(self) -> Mapping[str, socket.socket]:
         """Begin to run; returns the host's end of each lane (the caller closes them).
 
@@ -279,6 +284,14 @@ class Machine(Protocol):
 
     async def unforward(self, host_port: int) -> None:
         """Take back a port; connections that there are go on. One that leads nowhere is fine."""
+        ...
+
+    async def set_network(self, available: bool) -> None:
+        """Plug the network's cable in, or pull it: then nothing passes, forwards included.
+
+        It is plugged in when a machine starts; who continues from a checkpoint says it again.
+        Raises `NotSupported` for a machine without a network.
+        """
         ...
 
     def console_address(self) -> ConsoleAddress:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from vmjob.engine import session as session_module
-from vmjob.engine.clock import RunClock
+from vmjob.engine.clock import Pace, RunClock
 from vmjob.engine.control import Control
 from vmjob.engine.life import Life, State
 from vmjob.engine.record import Record
@@ -23,11 +23,18 @@ pytestmark = pytest.mark.anyio
 class Machine:
     """Goes on when it may."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: str = "none") -> None:
+        self.spec = SimpleNamespace(network=network)
+        self.pid = 42
+        self.did: list[str] = []
         self.may = asyncio.Event()
         self.asked = asyncio.Event()
 
-    async def suspend(self) -> None: ...
+    async def suspend(self) -> None:
+        self.did.append("suspend")
+
+    async def set_network(self, available: bool) -> None:
+        self.did.append("plug" if available else "pull")
 
     async def resume(self) -> None:
         self.asked.set()
@@ -72,6 +79,37 @@ async def test_no_run_time_is_counted_until_the_machine_runs() -> None:
         assert (after, state) == (before, State.SUSPENDED)
         assert life.state is State.RUN
         await clock.reach(before + 0.001)
+
+
+async def test_a_wish_that_came_too_early_is_obeyed_when_the_tasks_begin() -> None:
+    machine, control, life = Machine("nat"), Control(), Life(Record(), Quiet())
+    life.state = State.RUN
+    machine.may.set()
+    assert not await control.suspend()
+    await control.set_network(False)
+    async with control.attached(session_of(machine, Client()), RunClock(), life, None):
+        assert machine.did == ["pull", "suspend"]
+        assert life.state is State.SUSPENDED
+        await control.resume()
+        assert control.pid == 42
+    assert not await control.suspend()
+    await control.resume()
+    async with control.attached(session_of(machine, Client()), RunClock(), life, None):
+        assert machine.did == ["pull", "suspend", "pull"]
+        assert life.state is State.RUN
+
+
+async def test_a_pace_that_changes_counts_for_the_wait_under_way() -> None:
+    clock, pace = RunClock(), Pace()
+    clock.go()
+    waiting = asyncio.ensure_future(pace.passed(clock))
+    await asyncio.sleep(0)
+    pace.change(3600)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    pace.change(0.001)
+    with anyio.fail_after(10):
+        await waiting
 
 
 @pytest.mark.parametrize(("late", "told"), [((), 1), ((1, 1), 3), ((1,) * 9, 5)])

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import open_descriptors
+from vmjob.engine.clock import Pace
 from vmjob.engine.control import Control
 from vmjob.engine.generations import Generation, Generations
 from vmjob.engine.record import Record
@@ -315,7 +316,7 @@ class Carrier:
                 with scope:
                     records.append(await run_job(self.home, Request(
                         slot.asked().job, driver, self.shape, {},
-                        survival=Survival(slot, this.every), control=control), Quiet()))
+                        survival=Survival(slot, Pace(this.every)), control=control), Quiet()))
 
             task = asyncio.ensure_future(run())
             disturbance = Disturbance(self, driver, control, scope, task)
@@ -433,7 +434,9 @@ class Disturbance:
     def _machine(self) -> SimulatedMachine | None:
         """The machine, when it has begun to carry the job's tasks."""
         for machine in self._driver.machines[-1:]:
-            if machine.get_status() in (Status.RUNNING, Status.SUSPENDED) and machine.ticks:
+            # One that dies while it is restored is a bad checkpoint, which is another story.
+            if machine.get_status() in (Status.RUNNING, Status.SUSPENDED) and machine.ticks \
+                    and self._control._parts is not None:
                 return machine
         return None
 
@@ -457,6 +460,7 @@ class Disturbance:
             if await self._control.suspend():
                 self._carrier.clock.gone += SUSPENDED
                 return True
+        await self._go_on()  # or it stands still as soon as its tasks begin
         return False
 
     async def _go_on(self) -> None:

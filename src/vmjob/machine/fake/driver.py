@@ -150,6 +150,12 @@ class FakeMachine:
         self._require_running()
         await self._relays.remove(host_port)
 
+    async def set_network(self, available: bool) -> None:
+        self._require_running()
+        if self.spec.network == "none":
+            raise NotSupported("the machine has no network")
+        self._relays.plug(available)
+
     def console_address(self) -> ConsoleAddress:
         self._require_running()
         return self._screen.address()

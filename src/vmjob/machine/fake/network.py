@@ -34,6 +34,15 @@ class Relays:
     def __init__(self) -> None:
         self._servers: dict[int, asyncio.Server] = {}
         self._carrying: set[asyncio.Task[None]] = set()
+        self._plugged = asyncio.Event()
+        self._plugged.set()
+
+    def plug(self, available: bool) -> None:
+        """Let bytes pass, or hold them back until they may."""
+        if available:
+            self._plugged.set()
+        else:
+            self._plugged.clear()
 
     async def add(self, listener: socket.socket, guest_port: int) -> int:
         """Carry what comes to ``listener``; returns its port."""
@@ -43,7 +52,7 @@ class Relays:
             assert task is not None
             self._carrying.add(task)
             try:
-                await _join(reader, writer, guest_port)
+                await _join(reader, writer, guest_port, self._plugged)
             finally:
                 self._carrying.discard(task)
 
@@ -66,21 +75,24 @@ class Relays:
 
 
 async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
-                guest_port: int) -> None:
+                guest_port: int, plugged: asyncio.Event) -> None:
     """Carry bytes both ways until both sides have ended."""
     with contextlib.suppress(OSError):
         try:
             theirs, to_them = await asyncio.open_connection(LOOPBACK, guest_port)
             try:
-                await asyncio.gather(_carry(reader, to_them), _carry(theirs, writer))
+                await asyncio.gather(_carry(reader, to_them, plugged),
+                                     _carry(theirs, writer, plugged))
             finally:
                 to_them.close()
         finally:
             writer.close()
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+                 plugged: asyncio.Event) -> None:
     while data := await reader.read(PIECE):
+        await plugged.wait()
         writer.write(data)
         await writer.drain()
     writer.write_eof()

@@ -220,6 +220,10 @@ class SimulatedMachine:
                 raise HostDiskFull(self.faults.disk_full)
             return self._keep(directory, name, known, files, still)
 
+    @property
+    def pid(self) -> int | None:
+        return None
+
     async def set_priority(self, priority: Priority) -> None:
         self._running_guest()
 
@@ -234,6 +238,11 @@ class SimulatedMachine:
         self._running_guest()
         if listener := self.forwards.pop(host_port, None):
             listener.close()
+
+    async def set_network(self, available: bool) -> None:
+        self._running_guest()
+        if self.spec.network == "none":
+            raise NotSupported("the machine has no network")
 
     def console_address(self) -> ConsoleAddress:
         self._running_guest()

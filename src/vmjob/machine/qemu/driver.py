@@ -316,6 +316,12 @@ class QemuMachine:
         if self._forwards:
             await self._forwards.remove(host_port)
 
+    async def set_network(self, available: bool) -> None:
+        monitor = self._running_monitor()
+        if self.spec.network == "none":
+            raise NotSupported("the machine has no network")
+        await monitor.execute("set_link", name=argv.NETWORK, up=available)
+
     def console_address(self) -> ConsoleAddress:
         return self._running_display().address
 
