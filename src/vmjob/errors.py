@@ -147,6 +147,20 @@ class HomeUnusable(HostError):
     standing_advice = "Point VMJOB_HOME at a directory that you own and may write to."
 
 
+class PolicyForbids(HostError):
+    """The owner of this computer does not allow what the job needs."""
+
+    code = "policy-forbids"
+    standing_advice = "Change the policy file named above if that is not what you want."
+
+
+class PolicyInvalid(HostError):
+    """The owner of this computer has forbidden something, and nobody can read what."""
+
+    code = "policy-invalid"
+    standing_advice = "Correct the file named above; nothing runs until then."
+
+
 class PortTaken(HostError):
     """A port of this computer that was asked for cannot be had; any other may be."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import anyio.to_thread
@@ -23,11 +23,12 @@ MIB = 1 << 20
 async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, cpus: int,
                         disk_gb: int, network: str, cpu: str,
                         progress: Callable[[float, str], None] | None = None,
-                        ) -> tuple[MachineSpec, Image, str]:
+                        allowed: Collection[str] | None = None) -> tuple[MachineSpec, Image, str]:
     """What a QEMU machine from ``image`` needs; the default image is built when it is missing.
 
     Returns the shape (id and directory still open), the image and why this accelerator was
-    chosen. ``cpu`` as in `MachineSpec.cpu_model`. Raises `ImageMissing`, `ImageCorrupt`,
+    chosen. ``cpu`` as in `MachineSpec.cpu_model`; ``allowed``: the accelerators that may be used,
+    None: all. Raises `ImageMissing`, `ImageCorrupt`,
     `ImageBuildFailed`, `AcceleratorUnusable`, `HostMemoryLow`.
     """
 
@@ -43,7 +44,7 @@ async def machine_shape(home: Home, image: str, accel: str, *, memory_mb: int, c
 
     found = await anyio.to_thread.run_sync(find)
     boot = BootParts.of(found)
-    proof = await accelerators.choose(home, accel, boot)
+    proof = await accelerators.choose(home, accel, boot, allowed)
     shape = MachineSpec(id="", directory=home.root, boot=boot, memory_mb=memory_mb, cpus=cpus,
                         disk_gb=disk_gb, network=network, accelerator=proof.accelerator,
                         cpu_model=cpu)

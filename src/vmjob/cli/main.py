@@ -17,6 +17,7 @@ __all__ = ["cli", "fail", "main"]
 #: Command -> what `vmjob --help` says of it. The module of the same name holds it.
 COMMANDS = {
     "run": "Run a command in a throw-away virtual machine.",
+    "wrapper": "Carry the job of a BOINC slot; the BOINC client starts this.",
     "machine": "Make machines that stay between commands; start, use, keep and remove them.",
     "job": "Run, check, show and convert job files of any kind.",
     "image": "Build, list, check and remove the images that machines boot from.",

@@ -9,7 +9,7 @@ import msgspec
 
 from vmjob.errors import ImageCorrupt
 
-__all__ = ["FILE", "FORMAT", "PART_NAMES", "Manifest", "Package", "Part", "read", "write"]
+__all__ = ["FILE", "FORMAT", "PART_NAMES", "Manifest", "Package", "Part", "load", "read", "write"]
 
 FILE = "manifest.json"
 #: Version of the manifest's own form.
@@ -61,7 +61,11 @@ class Manifest(msgspec.Struct, frozen=True):
 
 def read(directory: Path) -> Manifest:
     """The manifest of the image in ``directory``; raises `ImageCorrupt` for anything odd."""
-    path = directory / FILE
+    return load(directory / FILE)
+
+
+def load(path: Path) -> Manifest:
+    """A manifest, wherever it is; raises `ImageCorrupt` for anything odd."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_SIZE + 1)

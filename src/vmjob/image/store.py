@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Image", "ImageStore"]
 
 _BUILDING = ".building-"
+#: What the names of images begin with whose files are elsewhere.
+ADOPTED = "adopted-"
 _REPLACED = ".replaced-"
 
 
@@ -154,6 +157,38 @@ class ImageStore:
         with self._building(recipe.name):
             return self._build(recipe, progress)
 
+    def adopt(self, described: Path, find: Callable[[str], Path]) -> Image:
+        """An image whose files are elsewhere, and stay there: nothing is copied.
+
+        ``described``: its manifest; ``find``: where a part of it is, by the file's name. It is
+        known here by a name made of what it is. What was adopted earlier and is not there any more
+        is forgotten. Raises `ImageCorrupt` or `ImageMissing`; it is not verified yet.
+        """
+        made = manifest.load(described)
+        files = {part.file: find(part.file).absolute() for part in made.parts.values()}
+        for file, path in files.items():
+            if not path.is_file():
+                raise ImageMissing(f"the image {made.name!r} lacks its file {file!r}",
+                                   advice="Package the application version again.")
+        name = ADOPTED + Image("", described.parent, made).digest[:16]
+        target = self._home.images / name
+        with self._building(name):
+            self._forget_lost()
+            if {file: _link(target / file) for file in files} != files:
+                remove_tree(target)
+                beside = self._home.images / f"{_BUILDING}{name}"
+                remove_tree(beside)
+                try:
+                    beside.mkdir()
+                    manifest.write(beside, made)
+                    for file, path in files.items():
+                        (beside / file).symlink_to(path)
+                    beside.rename(target)
+                except OSError as error:
+                    raise ImageCorrupt(f"cannot keep the image in {self._home.images}: "
+                                       f"{error.strerror}") from error
+        return Image(name, target, made)
+
     def remove(self, name: str) -> None:
         """Remove an image; machines that run from it keep their open files."""
         directory = self._home.images / check_image_name(name)
@@ -164,6 +199,13 @@ class ImageStore:
             (self._home.cache / f"verified-{name}.json").unlink(missing_ok=True)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _forget_lost(self) -> None:
+        """Remove what was adopted and whose files have gone since, with their application."""
+        for image in self.list():
+            if image.name.startswith(ADOPTED) and not image.root.exists():
+                remove_tree(image.directory)
+                (self._home.cache / f"verified-{image.name}.json").unlink(missing_ok=True)
 
     def _building(self, name: str) -> contextlib.AbstractContextManager[None]:
         return locked(self._home.locks / f"image-{name}", wait=True, what=f"image {name!r}")
@@ -206,6 +248,14 @@ class ImageStore:
         remove_tree(aside)
         directory.rename(aside)
         remove_tree(aside)
+
+
+def _link(path: Path) -> Path | None:
+    """Where a symbolic link leads; None where there is none."""
+    try:
+        return path.readlink()
+    except OSError:
+        return None
 
 
 def _seal(image: Image) -> dict[str, object]:

@@ -15,15 +15,16 @@ _MOST = 4096
 _LINK = re.compile(r"[ \t]*<soft_link>([^<>\0\r\n]+)</soft_link>")
 
 
-def resolved(path: Path) -> Path:
+def resolved(path: Path, base: Path | None = None) -> Path:
     """The file that ``path`` stands for: where its link leads, or itself. Never raises.
 
-    A link's path is relative to the directory that holds the link. One link is followed, as BOINC
-    does; the target need not exist.
+    A link's path is relative to ``base``: the slot, also for a link in a sub-directory of it
+    (measured with the client 7.20); by default the directory that holds the link. One link is
+    followed, as BOINC does; the target need not exist.
     """
     data = read_bounded(path, _MOST)
     match = _LINK.match(data.decode("utf-8", "replace")) if data is not None else None
-    return path.parent / match[1].strip() if match else path
+    return (base or path.parent) / match[1].strip() if match else path
 
 
 def exists(path: Path) -> bool:

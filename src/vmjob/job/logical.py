@@ -25,7 +25,7 @@ def resolve(name: str, where: Surroundings) -> Path:
     path = where.directory / name
     if _is_symlink(path):
         return path
-    target = resolved(path)
+    target = resolved(path, where.directory)
     if target == path:
         return path
     plain = Path(os.path.normpath(target))

@@ -106,8 +106,12 @@ class BootParts:
 
     @classmethod
     def of(cls, image: Image) -> BootParts:
-        """The parts of an image of the store."""
-        return cls(image.digest, image.kernel, image.initrd, image.root, image.scratch)
+        """The parts of an image of the store, where they really are.
+
+        A checkpoint gives them further names, which a symbolic link cannot have.
+        """
+        return cls(image.digest, *(part.resolve() for part in (
+            image.kernel, image.initrd, image.root, image.scratch)))
 
 
 @dataclass(frozen=True)

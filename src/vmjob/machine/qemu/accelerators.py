@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +94,17 @@ async def prove(home: Home, accelerator: str, boot: BootParts, *, fresh: bool = 
     return await anyio.to_thread.run_sync(probe)
 
 
-async def choose(home: Home, wanted: str, boot: BootParts) -> Proof:
+async def choose(home: Home, wanted: str, boot: BootParts,
+                 allowed: Collection[str] | None = None) -> Proof:
     """The accelerator to use: ``wanted``, or for ``auto`` the first that is proved.
 
     TCG is taken without a probe: it needs nothing of the computer, and there is nothing
-    below it. Raises `AcceleratorUnusable` when ``wanted`` does not work.
+    below it. ``allowed``: no other than these; None: any. Raises `AcceleratorUnusable` when
+    ``wanted`` does not work, or nothing that is allowed does.
     """
+    if allowed is not None and wanted not in ("auto", *allowed):
+        raise AcceleratorUnusable(f"{wanted} is not allowed here",
+                                  advice=f"What is allowed: {', '.join(sorted(allowed)) or '-'}")
     if wanted == "tcg":
         return Proof("tcg", True, "asked for")
     if wanted != "auto":
@@ -108,13 +114,39 @@ async def choose(home: Home, wanted: str, boot: BootParts) -> Proof:
         if not proof.works:
             raise AcceleratorUnusable(f"{wanted} does not work here: {proof.why}")
         return proof
+    failed = []
     for name in candidates():
+        if allowed is not None and name not in allowed:
+            continue
         if name == "tcg":
-            break
+            return Proof("tcg", True, "no hardware accelerator works here")
         proof = await prove(home, name, boot)
         if proof.works:
             return proof
-    return Proof("tcg", True, "no hardware accelerator works here")
+        failed.append(f"{name}: {proof.why}")
+    why = "; ".join(failed)
+    raise AcceleratorUnusable(
+        "no accelerator that may be used works here" + (f" ({why})" if why else ""),
+        advice=_how_to_mend(why))
+
+
+def _how_to_mend(why: str) -> str:
+    """What the owner of this computer can do about hardware support that does not work."""
+    if "may not open /dev/kvm" in why:
+        return (f"Add the user that runs this ({_user()}) to the group kvm, and restart what "
+                "started it.")
+    if "there is no /dev/kvm" in why:
+        return "Switch on virtualization (VT-x or AMD-V) in this computer's BIOS setup."
+    return "`vmjob doctor` tells more; emulation (tcg) needs nothing, where it is allowed."
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def _boot(binary: str, accelerator: str, boot: BootParts) -> Proof:

@@ -1,0 +1,115 @@
+"""From how a job ended to what the client is told: pure, so that every case is a line of a test.
+
+Three kinds of faults. The job's own: it has failed, at once, and the exit code says how. This
+computer's: it may run later, here, so it is postponed, for longer each time. The machine's: nobody
+knows, so it is tried again from the last checkpoint, but not for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vmjob import errors
+from vmjob.engine.record import Record
+from vmjob.errors import VmjobError
+from vmjob.grid.boinc.exitcodes import (
+    EXIT_ABORTED_BY_CLIENT,
+    EXIT_CHILD_FAILED,
+    EXIT_DISK_LIMIT_EXCEEDED,
+    EXIT_INIT_FAILURE,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_TIME_LIMIT_EXCEEDED,
+)
+
+__all__ = ["AGAIN", "Again", "Finish", "Outcome", "Postpone", "of_error", "of_record"]
+
+#: Seconds of a first postponement; each further one for the same cause takes twice as long. The
+#: client looks once a minute, so less than that makes no difference.
+FIRST = 120
+#: Seconds of the longest: several tries a day. Nothing is put off for a day.
+MOST = 4 * 3600
+#: How often in a row a machine may fail before it is taken to be the job that makes it fail.
+#: The client itself would try a hundred times.
+MOST_MACHINE_FAULTS = 5
+
+_CODES: dict[type[VmjobError], int] = {
+    errors.UsageError: EXIT_INIT_FAILURE,
+    errors.ImageError: EXIT_INIT_FAILURE,
+    errors.TimeLimit: EXIT_TIME_LIMIT_EXCEEDED,
+    errors.FolderFull: EXIT_DISK_LIMIT_EXCEEDED,
+    errors.OutputTooLarge: EXIT_DISK_LIMIT_EXCEEDED,
+    errors.HeartbeatStopped: EXIT_ABORTED_BY_CLIENT,
+    errors.JobError: EXIT_CHILD_FAILED,
+}
+_BY_CODE = {kind.code: kind for kind in errors.all_errors()}
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job is over. ``code`` 0: it succeeded. ``message``: for the volunteer, if ``notice``."""
+
+    code: int
+    message: str = ""
+    notice: bool = False
+
+
+@dataclass(frozen=True)
+class Postpone:
+    """It is to be started again after some ``seconds``; ``notice``: the volunteer should know."""
+
+    seconds: int
+    reason: str
+    notice: bool = False
+
+
+@dataclass(frozen=True)
+class Again:
+    """It goes on at once, in this process."""
+
+
+AGAIN = Again()
+Outcome = Finish | Postpone | Again
+
+
+def of_record(record: Record, before: int) -> Outcome:
+    """What becomes of a job; ``before``: how often in a row it ended with this fault before."""
+    if record.error is not None and record.exit_code == errors.EXIT_VMJOB_FAILED:
+        return of_error(record.error, before)
+    if record.error is not None and record.error["code"] == errors.Postponed.code:
+        return _asked_for(record.error)
+    if record.tasks and record.tasks[-1].ended_by == "out-of-memory" and record.exit_code != 0:
+        return Finish(EXIT_OUT_OF_MEMORY)
+    return Finish(record.exit_code, record.message, record.notice)
+
+
+def of_error(error: Mapping[str, Any], before: int) -> Outcome:
+    """What becomes of a job that ended with an error; the form is `VmjobError.as_dict`'s."""
+    kind = _BY_CODE.get(str(error["code"]), VmjobError)
+    if issubclass(kind, errors.Postponed):
+        return _asked_for(error)
+    if issubclass(kind, errors.HostError):
+        return Postpone(delay(before), f"{error['message']}. {error['advice']}",
+                        notice=before == 0 and not issubclass(kind, errors.Busy))
+    if issubclass(kind, errors.MachineError | errors.GuestError):
+        if before >= MOST_MACHINE_FAULTS:
+            return Finish(EXIT_CHILD_FAILED, str(error["message"]))
+        return AGAIN if before == 0 else Postpone(delay(before - 1), str(error["message"]))
+    for cls in kind.__mro__:
+        if cls in _CODES:
+            return Finish(_CODES[cls])
+    return Finish(EXIT_CHILD_FAILED)
+
+
+def delay(before: int) -> int:
+    """Seconds to wait after a fault that has been there so many times already."""
+    return min(MOST, FIRST << min(before, 16))
+
+
+def _asked_for(error: Mapping[str, Any]) -> Postpone:
+    """The job itself wants to wait. Its own back-off, but never a day of nothing."""
+    context = error["context"]
+    seconds = context.get("delay", FIRST)
+    return Postpone(int(min(max(seconds, 0), MOST)), str(error["message"]),
+                    notice=bool(context.get("notice")))
