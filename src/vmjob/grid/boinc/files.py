@@ -198,8 +198,8 @@ def _sync(fd: int) -> None:
 
 
 def _is_name(name: str) -> bool:
-    return bool(name) and name.isprintable() and "/" not in name and "\\" not in name \
-        and len(os.fsencode(name)) <= MAX_NAME
+    return (name not in {"", ".", ".."} and name.isprintable() and not {"/", "\\"} & {*name}
+            and len(os.fsencode(name)) <= MAX_NAME)
 
 
 def _named(directory: Path, prefix: str) -> list[tuple[Path, int]]:

@@ -143,7 +143,7 @@ def trickle(variety: str, text: str) -> bytes:
     if not variety or len(variety) > MAX_VARIETY or re.search(r"[<>&\x00-\x1f\x7f]", variety):
         raise ValueError("the variety of a trickle is a name without markup, of at most "
                          f"{MAX_VARIETY} characters")
-    data = f"{_element('variety', variety)}{text}\n".encode("utf-8", "replace")
+    data = f"{_element('variety', variety)}{text}".encode("utf-8", "replace")
     if len(data) > MAX_TRICKLE:
         raise ValueError(f"a trickle has at most {MAX_TRICKLE} bytes")
     if b"\0" in data:
