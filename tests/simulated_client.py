@@ -22,6 +22,7 @@ SIZE, LENGTH = 1024, 8192
 #: Seconds for anything that a test waits for.
 DEADLINE = 15.0
 PERIOD = 0.02
+HEARTBEAT_PERIOD = 0.2
 AUTHENTICATOR = "7da1c8e1f3b94e0d"
 
 HEARTBEAT_TEXT = "<heartbeat/>\n<wss>1.100000e+07</wss>\n<max_wss>2.200000e+10</max_wss>\n"
@@ -216,7 +217,7 @@ class SimulatedClient:
         if self.queue and self.put(CONTROL, self.queue[0]):
             self.queue.pop(0)
         if time.monotonic() >= self._beat and self.put(HEARTBEAT, self.heartbeat):
-            self._beat = time.monotonic() + 1.0
+            self._beat = time.monotonic() + HEARTBEAT_PERIOD
         if not self.listens:
             return
         if (text := self.take(STATUS)) is not None:

@@ -6,10 +6,8 @@ Each test is held by an app on `vmjob.grid.boinc`, and by one on BOINC's own lib
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulated_client import DEADLINE, LENGTH, SIZE, SimulatedClient
+from tests.simulated_client import DEADLINE, SimulatedClient
 from vmjob.grid.boinc import Channel, Runtime, SlotTaken, open_channels, resolve
 from vmjob.grid.boinc.initdata import read
 from vmjob.grid.boinc.lockfile import SlotLock
@@ -119,7 +117,7 @@ def test_a_job_that_failed_ends_with_its_code(
     started(client, command)
     client.tell("finish 195 0")
     assert client.ended() == "failed 195"
-    assert (client.slot / "boinc_finish_called").read_text().split()[0] == "195"
+    assert (client.slot / "boinc_finish_called").read_text() == "195\n"
 
 
 def test_a_temporary_exit_has_the_three_lines(
@@ -276,49 +274,38 @@ for name in sys.argv[1:]:
         str(resolve(name, client.slot).relative_to(client.slot)) for name in names]
 
 
-class Native:
-    """The channels by the client's own functions, those of its C++ class."""
+@pytest.fixture
+def native(client: SimulatedClient) -> Iterator[Callable[..., object]]:
+    """Asks the client's own functions to do something with its channels."""
+    with subprocess.Popen(
+            [sys.executable, str(APPS / "native_channels.py"), client.slot / "boinc_mmap_file"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
 
-    def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self.memory = mmap.mmap(file.fileno(), LENGTH)
-        self._bytes = (ctypes.c_char * LENGTH).from_buffer(self.memory)
-        library = ctypes.CDLL("libboinc.so.7")
-        self._get = library._ZN11MSG_CHANNEL7get_msgEPc
-        self._put = library._ZN11MSG_CHANNEL8send_msgEPKc
-        for call in (self._get, self._put):
-            call.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-            call.restype = ctypes.c_bool
+        def ask(*what: object) -> object:
+            process.stdin.write(json.dumps(what) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
 
-    def get(self, channel: int) -> str | None:
-        found = ctypes.create_string_buffer(SIZE)
-        place = ctypes.addressof(self._bytes) + channel * SIZE
-        return found.value.decode() if self._get(place, found) else None
-
-    def put(self, channel: int, text: str) -> bool:
-        place = ctypes.addressof(self._bytes) + channel * SIZE
-        return bool(self._put(place, text.encode()))
-
-    def close(self) -> None:
-        del self._bytes
-        self.memory.close()
+        yield ask
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("text", ["<suspend/>\n", "x", "é" * 500, "y" * 1022])
 def test_the_clients_functions_and_our_channels_understand_each_other(
-        client: SimulatedClient, text: str) -> None:
-    native = Native(client.slot / "boinc_mmap_file")
+        client: SimulatedClient, native: Callable[..., object], text: str) -> None:
     with open_channels(client.slot, read(client.slot / "init_data.xml")) as ours:
-        sides: list[tuple[Callable[..., bool], Callable[..., str | None]]] = [
-            (ours.put, native.get), (native.put, ours.get)]
         for channel in Channel:
-            for put, get in sides:
-                assert get(channel) is None
-                assert put(channel, text)
-                assert not put(channel, "not taken yet")
-                assert get(channel) == text
-                assert get(channel) is None
-    native.close()
+            assert native("get", channel) is None
+            assert ours.put(channel, text)
+            assert not native("put", channel, "not taken yet")
+            assert native("get", channel) == text
+            assert ours.get(channel) is None
+            assert native("put", channel, text)
+            assert not ours.put(channel, "not taken yet")
+            assert ours.get(channel) == text
+            assert native("get", channel) is None
 
 
 def test_no_descriptor_of_a_runtime_is_left(client: SimulatedClient) -> None:

@@ -63,6 +63,12 @@ def client(tmp_path: Path) -> Iterator[SimulatedClient]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract tests keep the real pace."""
+    monkeypatch.setattr("vmjob.grid.boinc.runtime.POLL_PERIOD", 0.02)
+
+
 class App:
     """A runtime that listens, and what it heard."""
 
@@ -249,6 +255,7 @@ def test_two_checkpoints_in_one_status_are_one_and_not_none(client: SimulatedCli
 def test_another_process_is_named_only_while_the_caller_says_so(
         client: SimulatedClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outgoing, "STATUS_PERIOD", 0.05)
+    monkeypatch.setattr("vmjob.grid.boinc.runtime.FINISH_WAIT", 0.2)
     with App(client) as app:
         app.runtime.report(Status(1.0, other_pid=4711))
         client.until(lambda: client.seen.other_pids, "it is named")

@@ -63,7 +63,9 @@ def write_finish(directory: Path, code: int, message: str = "", *, notice: bool 
     the client, and not the code in it; so on a full disk, where it cannot be written at once and
     safely, it is made in place, be it empty. Raises `OSError` when not even that is possible.
     """
-    data = f"{code}\n{one_line(message, MAX_LINE)}\n{'notice' if notice else ''}\n".encode()
+    data = f"{code}\n".encode()
+    if message := one_line(message, MAX_LINE):  # an empty line would be shown as an empty message
+        data += f"{message}\n{'notice' if notice else ''}\n".encode()
     try:
         write_whole(directory / FINISH, data, durable=True)
     except OSError:
