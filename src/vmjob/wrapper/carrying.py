@@ -18,7 +18,7 @@ from vmjob.engine.record import Record
 from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
-from vmjob.errors import PolicyForbids, VmjobError
+from vmjob.errors import VmjobError
 from vmjob.grid.boinc import (
     Abort,
     ClientGone,

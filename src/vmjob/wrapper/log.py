@@ -99,6 +99,7 @@ class Log:
                 file.seek(max(0, there.st_size - MOST))
                 held = file.read(MOST)
             os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)  # where nobody opened it for appending
         except OSError:
             return b""
         return held

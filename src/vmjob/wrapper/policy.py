@@ -98,7 +98,7 @@ def _one(path: Path) -> Policy | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise PolicyInvalid(f"{path}: {error}") from None
     if unknown := (policy.accelerators or frozenset()) - ACCELERATORS:
-        raise PolicyInvalid(f"{path}: {sorted(unknown)[0]!r} is no accelerator; there are "
+        raise PolicyInvalid(f"{path}: {min(unknown)!r} is no accelerator; there are "
                             f"{', '.join(sorted(ACCELERATORS))}")
     return msgspec.structs.replace(policy, path=str(path))
 

@@ -70,16 +70,16 @@ def _summary(outcome: Outcome, record: Record | None, error: dict[str, Any] | No
         lines += [f"warning:     {shown(text)}" for text in record.warnings[:10]]
     machine = {**facts, **(record.machine if record is not None else {})}
     lines += [
-        f"processor:   {totals.cpu_seconds:.1f} s on this computer (claimed), "
-        f"{guest:.1f} s in the machine",
-        f"time:        {totals.run_seconds:.0f} s of running, {totals.starts} starts, "
-        f"{totals.checkpoints} checkpoints",
-        f"machine:     {machine.get('hypervisor', '-')} {machine.get('version') or ''}, "
+        (f"processor:   {totals.cpu_seconds:.1f} s on this computer (claimed), "
+        f"{guest:.1f} s in the machine"),
+        (f"time:        {totals.run_seconds:.0f} s of running, {totals.starts} starts, "
+        f"{totals.checkpoints} checkpoints"),
+        (f"machine:     {machine.get('hypervisor', '-')} {machine.get('version') or ''}, "
         f"{machine.get('accelerator', '-')} ({machine.get('accelerator_why', '-')}), "
         f"{machine.get('cpus', '-')} processors, {machine.get('memory_mb', '-')} MiB, "
-        f"image {machine.get('image', '-')}",
-        f"computer:    {platform.system()} {platform.release()}, {os.cpu_count()} processors, "
-        f"{memory_total() // MIB} MiB",
+        f"image {machine.get('image', '-')}"),
+        (f"computer:    {platform.system()} {platform.release()}, {os.cpu_count()} processors, "
+        f"{memory_total() // MIB} MiB"),
         f"vmjob:       {__version__}, Python {platform.python_version()}"]
     return "\n".join(lines)
 

@@ -9,7 +9,6 @@ import signal
 import threading
 from pathlib import Path
 
-from vmjob.engine.slot import Slot
 from vmjob.errors import VmjobError
 from vmjob.grid.boinc import (
     Runtime,
