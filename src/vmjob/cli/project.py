@@ -82,11 +82,13 @@ def package(app: str, number: str, platform: str, plan_class: str, job_file: Pat
           --file shared/boinc_app=boinc_app --input shared/in --key keys/code_sign_private
     """
     with _errors(as_json):
+        names.check_app(app)
         private = _private_key(key) if key is not None else None
+        more = _pairs("--file", files)
         found = None if image == NO_IMAGE else ImageStore(Home()).verified(image)
         made = packages.package(
             output, app=app, number=number, job=job_file, image=found, platform=platform,
-            plan_class=plan_class, wrapper=wrapper, qemu=qemu, files=_pairs("--file", files),
+            plan_class=plan_class, wrapper=wrapper, qemu=qemu, files=more,
             copied=copied, inputs=inputs, key=private)
     version = made.version
     limits = templates.bounds(made.job, image_bytes=found.manifest.total_size if found else 0)

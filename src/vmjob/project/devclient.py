@@ -72,7 +72,7 @@ class DevClient:
     ``folder`` is its data directory, made when missing. ``cpus``: as many as it is to believe in
     (None: those of this computer). ``leave_in_memory``: whether a suspended task gets <suspend/> or
     <quit/>. ``checkpoint_period``: seconds, told to tasks. ``environment``: in addition to PATH,
-    HOME (the folder) and USER; tasks inherit it. ``preferences``: further elements of
+    HOME (the folder), USER and LC_ALL; tasks inherit it. ``preferences``: further elements of
     global_prefs_override.xml; ``options``: of cc_config.xml.
 
     Raises `ProgramMissing`, `ClientFailed`, `HostError`.
@@ -90,7 +90,9 @@ class DevClient:
         self.exit_status: int | None = None
         self._boinc, self._boinccmd = programs()
         self._environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.folder),
-                             "USER": getpass.getuser(), **(environment or {})}
+                             "USER": getpass.getuser(),
+                             # What boinccmd prints is read; Python would set LC_CTYPE without it.
+                             "LC_ALL": "C.UTF-8", **(environment or {})}
         self._preferences: dict[str, str | float] = {
             **_PREFERENCES, "leave_apps_in_memory": int(leave_in_memory),
             "disk_interval": checkpoint_period, **(preferences or {})}

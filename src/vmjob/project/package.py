@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmjob.errors import InputMissing, JobFileInvalid, PackageInvalid
+from vmjob.errors import InputMissing, JobFileInvalid, PackageInvalid, UsageError
 from vmjob.image import manifest
 from vmjob.image.store import Image
 from vmjob.job.languages import read_bytes, read_file
@@ -140,9 +140,14 @@ def check_job(job: Path, given: Mapping[str, Path | None]) -> Reading:
                 place.symlink_to(path.resolve())
         is_toml = job.suffix.lower() == ".toml"
         reading = read_bytes(job.read_bytes(), Surroundings(slot, project=slot), is_toml=is_toml)
-    for each in reading.findings:
-        if each.level is Level.ERROR:
-            raise JobFileInvalid(f"{job}:{each.line}: {each.what}",
-                                 advice="`vmjob job check` names all that is odd; --file and "
-                                        "--input say which files will be there.")
+        wrong = [f"{job}:{each.line}: {each.what}" for each in reading.findings
+                 if each.level is Level.ERROR]
+        if reading.job is not None:
+            try:
+                reading.job.check()
+            except UsageError as error:
+                wrong.append(f"{job}: {error.message}".replace(f"{slot}/", ""))
+    if wrong:
+        raise JobFileInvalid(wrong[0], advice="`vmjob job check` names all that is odd; --file and "
+                                              "--input say which files will be there.")
     return reading

@@ -134,9 +134,9 @@ class Supervisor:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
-            self._reap()
             time.sleep(PERIOD)
             self._reap()
+        self._reap()
 
     def _descendants(self) -> list[int]:
         """All living processes that descend from us."""

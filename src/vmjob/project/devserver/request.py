@@ -156,9 +156,9 @@ def _reported(text: _Text) -> Reported:
 
 def _trickle(text: _Text) -> Trickle:
     at = text.whole.find("</time>")
-    body = text.whole[at + len("</time>"):].strip("\n") if at >= 0 else ""
+    body = text.whole[at + len("</time>"):].strip() if at >= 0 else ""
     variety = next(_Text(body, body).inside("variety"), None)
-    rest = body.partition("</variety>")[2].strip("\n") if variety else body
+    rest = body.partition("</variety>")[2].strip() if variety else body
     return Trickle(text.value("result_name"), int(text.number("time")),
                    variety.whole.strip() if variety else "", rest[:MAX_TRICKLE])
 

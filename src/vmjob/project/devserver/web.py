@@ -180,7 +180,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             with state.changed:
                 state.uploaded.discard(header.name)
-            status = uploads.store(header, self.rfile, rest, path, max_nbytes)
+            try:
+                status = uploads.store(header, self.rfile, rest, path, max_nbytes)
+            except OSError:  # a full disk, a link in the way, a client that went silent
+                status = uploads.LATER
         with state.changed:
             if status == uploads.DONE:
                 state.uploaded.add(header.name)
