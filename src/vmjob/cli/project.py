@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -234,6 +235,7 @@ def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tupl
     from vmjob.project.devserver import DevServer
 
     with _errors(as_json), contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
         if with_client:
             from vmjob.project.devclient import programs
 
@@ -323,7 +325,7 @@ def _show(results: list[Result], root: Path, *, as_json: bool) -> None:
     for each in results:
         click.echo(_line(each))
         if each.message:
-            click.echo(f"  the client says: {each.message}")
+            click.echo("  the client says: " + " ".join(map(_plain, each.message.splitlines())))
         for text in each.stderr_out.splitlines():
             click.echo(f"  | {_plain(text)}")
         for name, path in each.outputs.items():
@@ -382,6 +384,20 @@ def _write(directory: Path, texts: dict[str, str]) -> list[Path]:
         raise UsageError(f"cannot write {error.filename}: {error.strerror}",
                          advice="Give the name of a file that is not there yet.") from None
     return paths
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends us as Ctrl-C does: the client, and files that nobody wants, go with us."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
