@@ -106,6 +106,25 @@ class JobFileInvalid(UsageError):
     standing_advice = "`vmjob job check FILE` names the lines, and what to write instead."
 
 
+class PackageInvalid(UsageError):
+    """An app version of a BOINC project cannot be made, or used, as it is."""
+
+    code = "package-invalid"
+    standing_advice = "Make it again with `vmjob project package`."
+
+
+class KeyFileInvalid(UsageError):
+    """A code signing key of a BOINC project cannot be used."""
+
+    code = "key-file-invalid"
+    standing_advice = "Give a file that `vmjob project keys` or BOINC's crypt_prog has written."
+
+
+class SignatureInvalid(UsageError):
+    code = "signature-invalid"
+    standing_advice = "Sign it again: `vmjob project package --key FILE` with the project's key."
+
+
 # -- this computer ---------------------------------------------------------------------------
 
 
@@ -167,6 +186,14 @@ class PortTaken(HostError):
     code = "port-taken"
     retryable = True
     standing_advice = "Ask for another port, or for 0, which is any that is free."
+
+
+class ClientFailed(HostError):
+    """The BOINC client did not start, ended by itself, or did not answer in time."""
+
+    code = "client-failed"
+    retryable = True
+    standing_advice = "Look at the client's own messages, named above."
 
 
 class SlotUnusable(HostError):
@@ -398,6 +425,14 @@ class FolderFull(JobError):
 
     code = "folder-full"
     standing_advice = "Let the job write less there, or raise the folder's limits."
+
+
+class ResultOverdue(JobError):
+    """A result was not reported to the development server in time."""
+
+    code = "result-overdue"
+    retryable = True
+    standing_advice = "Look at the client's messages; give it more time."
 
 
 class TimeLimit(JobError):

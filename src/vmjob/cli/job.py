@@ -19,7 +19,7 @@ from vmjob.job.markup import shown
 from vmjob.job.model import Job
 from vmjob.job.reading import Finding, Level, Reading, Surroundings
 
-__all__ = ["job"]
+__all__ = ["finding_as_dict", "job", "say_findings"]
 
 EXIT_WARNINGS, EXIT_ERRORS = 1, 2
 
@@ -59,7 +59,7 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
         print_json({"files": [_as_dict(file, reading) for file, reading in readings]})
     else:
         for file, reading in readings:
-            _say(file, reading.findings, err=False)
+            say_findings(file, reading.findings, err=False)
     levels = {finding.level for _, reading in readings for finding in reading.findings}
     sys.exit(EXIT_ERRORS if Level.ERROR in levels
              else EXIT_WARNINGS if Level.WARNING in levels else 0)
@@ -79,7 +79,7 @@ def show(file: Path, as_json: bool) -> None:
 
         print_json({"language": reading.language,
                     "job": msgspec.to_builtins(found, enc_hook=str),
-                    "findings": list(map(_finding_as_dict, reading.findings))})
+                    "findings": list(map(finding_as_dict, reading.findings))})
     else:
         click.echo(f"# {reading.language}: {click.format_filename(file)}")
         click.echo(listing(found))
@@ -124,11 +124,11 @@ def _job_of(file: Path, *, as_json: bool) -> tuple[Reading, Job]:
     except VmjobError as error:
         fail(error, as_json=as_json)
     if not as_json:
-        _say(file, reading.findings, err=True)
+        say_findings(file, reading.findings, err=True)
     if reading.job is None:
         first = next(each for each in reading.findings if each.level is Level.ERROR)
         fail(JobFileInvalid(f"{click.format_filename(file)}:{first.line}: {first.what}",
-                            findings=list(map(_finding_as_dict, reading.findings))),
+                            findings=list(map(finding_as_dict, reading.findings))),
              as_json=as_json)
     return reading, reading.job
 
@@ -154,7 +154,8 @@ def _memory_here(reading: Reading) -> tuple[Finding, ...]:
                     f"this computer has {total // MIB}"),)
 
 
-def _say(file: Path, findings: Iterable[Finding], *, err: bool) -> None:
+def say_findings(file: Path, findings: Iterable[Finding], *, err: bool) -> None:
+    """Each finding on a line, for people; ``err``: on stderr."""
     for each in findings:
         place = f"{click.format_filename(file)}:{each.line}" if each.line else (
             click.format_filename(file))
@@ -167,8 +168,9 @@ def _say(file: Path, findings: Iterable[Finding], *, err: bool) -> None:
 def _as_dict(file: Path, reading: Reading) -> dict[str, Any]:
     return {"file": click.format_filename(file), "language": reading.language,
             "is_job": reading.job is not None,
-            "findings": list(map(_finding_as_dict, reading.findings))}
+            "findings": list(map(finding_as_dict, reading.findings))}
 
 
-def _finding_as_dict(finding: Finding) -> dict[str, Any]:
+def finding_as_dict(finding: Finding) -> dict[str, Any]:
+    """The form that ``--json`` prints."""
     return {**dataclasses.asdict(finding), "level": finding.level.value}

@@ -21,6 +21,7 @@ COMMANDS = {
     "machine": "Make machines that stay between commands; start, use, keep and remove them.",
     "job": "Run, check, show and convert job files of any kind.",
     "image": "Build, list, check and remove the images that machines boot from.",
+    "project": "The BOINC project's side: packages, keys, templates, a server to try them on.",
     "doctor": "Say what this computer can do, what is wrong, and what to do about it.",
     "clean": "Remove what killed processes left behind.",
 }
