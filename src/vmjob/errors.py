@@ -155,6 +155,13 @@ class HostDiskFull(HostError):
     standing_advice = "Free some disk space, or point VMJOB_HOME at a larger disk."
 
 
+class ArchiveDamaged(HostError):
+    """Programs that came as an archive cannot be unpacked: it is not what was published."""
+
+    code = "archive-damaged"
+    standing_advice = "Get it again; under BOINC, reset the project."
+
+
 class HostMemoryLow(HostError):
     code = "host-memory-low"
     retryable = True

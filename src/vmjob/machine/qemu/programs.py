@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import re
 import shutil
@@ -12,12 +13,15 @@ from pathlib import Path
 from vmjob.errors import ProgramMissing, QemuTooOld
 from vmjob.host.standstill import run_tool
 
-__all__ = ["OLDEST", "find", "identity", "parse_version", "system_binary", "version"]
+__all__ = ["OLDEST", "VARIABLE", "find", "identity", "parse_version", "system_binary", "version"]
 
 #: The oldest QEMU this driver was run with; older ones lack options that it gives.
 OLDEST = (7, 2)
 #: Seconds for a program to print its version.
 DEADLINE = 10.0
+
+#: A directory with QEMU's programs in ``bin/``: the bundle for volunteers, or one's own build.
+VARIABLE = "VMJOB_QEMU"
 
 PACKAGES = {"qemu-img": "qemu-utils", "setpriv": "util-linux"}
 
@@ -29,7 +33,18 @@ def system_binary() -> str:
 
 
 def find(name: str) -> str:
-    """Path of a program; raises `ProgramMissing` with the package that has it."""
+    """Path of a program; raises `ProgramMissing` with the package that has it.
+
+    QEMU's own are those of ``$VMJOB_QEMU`` when it is set, and never a mixture: qemu-img must know
+    what the emulator reads.
+    """
+    if name.startswith("qemu-") and (given := os.environ.get(VARIABLE)):
+        path = Path(given).absolute() / "bin" / name
+        if not os.access(path, os.X_OK):
+            raise ProgramMissing(f"{VARIABLE} is {given}, and there is no program {path}",
+                                 advice=f"Unset {VARIABLE}, or set it to the directory above bin.",
+                                 program=name)
+        return str(path)
     if found := shutil.which(name):
         return found
     package = PACKAGES.get(name, "qemu-system-x86" if name.startswith("qemu-system") else name)

@@ -1,0 +1,3 @@
+from vmjob.cli.main import main
+
+main()
