@@ -144,6 +144,7 @@ class Carrier:
         finally:
             if self._parting is not None:
                 self._parting.cancel()
+            self._measure()  # now that the machine has ended, all that it used is known
             self._save()
 
     def leave(self, why: Left) -> None:
@@ -171,9 +172,10 @@ class Carrier:
         self.totals.cpu_seconds = self._before
         self.totals.starts += 1
         if self._init is not None:
-            self._log.line(f"{self._init.app_name} {self._init.app_version / 100:.2f} "
-                           f"{self._init.plan_class}, {self._init.result_name}, "
-                           f"start {self.totals.starts}")
+            names = (f"{self._init.app_name} {self._init.app_version / 100:.2f}",
+                     self._init.plan_class, self._init.result_name,
+                     f"start {self.totals.starts}")
+            self._log.line(", ".join(filter(None, names)))
 
     async def _whole(self) -> Outcome:
         outcome: Outcome
@@ -378,21 +380,25 @@ class Carrier:
         number = 0
         last = time.monotonic()
         while True:
-            used_now = self._usage.measure()
             now = time.monotonic()
             if self.grid.current == "run":
                 self.totals.run_seconds += now - last
             last = now
-            self.totals.cpu_seconds = max(self.totals.cpu_seconds,
-                                          self._before + used_now.cpu_seconds)
-            self._runtime.report(Status(
-                cpu_seconds=self.totals.cpu_seconds, fraction_done=self.grid.fraction,
-                other_pid=self._control.pid, memory_bytes=used_now.memory_bytes))
+            self._measure()
             if number % SAVE_EVERY == 0:
                 self._save()
                 await asyncio.to_thread(self._look_at_disk)
             number += 1
             await asyncio.sleep(STATUS_PERIOD)
+
+    def _measure(self) -> None:
+        """Tell the client what the job has used, and how far it is."""
+        used_now = self._usage.measure()
+        self.totals.cpu_seconds = max(self.totals.cpu_seconds,
+                                      self._before + used_now.cpu_seconds)
+        self._runtime.report(Status(
+            cpu_seconds=self.totals.cpu_seconds, fraction_done=self.grid.fraction,
+            other_pid=self._control.pid, memory_bytes=used_now.memory_bytes))
 
     async def _keep(self) -> None:
         """Make a last checkpoint, if there is time for it, and leave."""
