@@ -307,3 +307,17 @@ def test_a_failed_trial_says_so_by_its_exit_code(root: Path, tmp_path: Path) -> 
         env={**os.environ}, check=False)
     assert done.returncode == 125
     assert json.loads(done.stdout)["error"]["code"] == "result-overdue"
+
+
+def test_when_the_command_is_killed_no_client_remains(root: Path, tmp_path: Path) -> None:
+    directory = next((root / "apps" / "lab" / "1.00").iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vmjob", "project", "serve-dev", str(directory), "--with-client",
+         "--root", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "client" / "client.log"
+    assert eventually(lambda: log.exists() and "Starting BOINC client" in log.read_text(), 30)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert "boinc" in {each.name() for each in below}
+    process.kill()
+    process.wait(10)
+    assert psutil.wait_procs(below, timeout=20)[1] == []
