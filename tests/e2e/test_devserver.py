@@ -293,6 +293,7 @@ def test_a_client_that_was_killed_is_started_again_in_its_folder(run: Run) -> No
 
 
 def test_what_a_task_left_behind_is_found_and_ended(run: Run) -> None:
+    run.result("orphan")
     run.client.close(grace=0.1)
     assert [each.command for each in run.client.leftovers] == ["sleep 300"]
     assert not any(psutil.pid_exists(each.pid) for each in run.client.leftovers)
