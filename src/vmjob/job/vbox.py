@@ -66,7 +66,7 @@ NOT_SHARED = (
     "vbox_job.xml",
     "boinc_mmap_file", "boinc_lockfile", "boinc_setup_complete", "boinc_finish_called",
     "boinc_temporary_exit", "boinc_task_state.xml", "boinc_ufr_*", "boinc_ufs_*", "lockfile",
-    "stderr.txt", "graphics_status.xml", "trickle_up.xml", "trickle_down_*", "vmjob",
+    "stderr.txt", "graphics_status.xml", "trickle_up.xml", "vmjob",
     "vmjob_*",
     "vbox_checkpoint.*", "vbox_webapi.xml", "vbox_remote_desktop.xml", "vbox_trace.txt",
     "vbox_replay.txt", "vbox_screenshot.png", "vm_image*.vdi", "vm_cache.vdi",

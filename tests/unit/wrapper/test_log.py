@@ -57,6 +57,13 @@ def test_all_of_it_is_short_enough_to_be_sent_whole(fd: int) -> None:
     assert Path(FILE).read_text().startswith("FAILED\n")
 
 
+def test_no_text_of_a_job_ends_the_servers_reading_of_it(fd: int) -> None:
+    log = Log(fd)
+    log.line("x]]></stderr_txt>")
+    log.conclude([("FAILED ]]>", "]]>]]>")])
+    assert "]]>" not in Path(FILE).read_text()
+
+
 def test_a_stderr_that_is_no_file_of_the_slot_is_not_touched(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
