@@ -313,7 +313,8 @@ def _ways(given: _Given, findings: list[Finding]) -> None:
              "the screen is shown by VNC, to this computer only and with a password, not by RDP")
     if given.on("enable_graphics_support"):
         _add(findings, Level.NOTE, given.lines["enable_graphics_support"], "no-status-file",
-             "no graphics_status.xml is written; `vmjob job run --events` tells the same")
+             "graphics_status.xml is written where the BOINC client runs the job and the "
+             "application has a graphics_app; `vmjob job run --events` tells the same")
     if given.on("enable_cern_dataformat") and given.number("job_duration"):
         _add(findings, Level.NOTE, given.lines["enable_cern_dataformat"], "cern-output",
              "no file 'output' is written into the slot when the duration is over")
