@@ -43,8 +43,8 @@ from vmjob.machine.qemu import programs
 from vmjob.machine.qemu.driver import QemuDriver
 from vmjob.shape import doubt, machine_shape
 from vmjob.wrapper import contents, network, places, policy, totals
-from vmjob.wrapper.client import ClientGrid
-from vmjob.wrapper.log import Log
+from vmjob.wrapper.client import TAIL, ClientGrid
+from vmjob.wrapper.log import Log, Tail
 from vmjob.wrapper.network import Gate
 from vmjob.wrapper.outcome import Again, Outcome, of_error, of_record
 from vmjob.wrapper.usage import Usage
@@ -136,6 +136,12 @@ class Carrier:
     def slot(self) -> Path:
         """Where everything of the job is."""
         return self._directory / SLOT
+
+    def streams(self) -> dict[str, Tail]:
+        """The end of what the job has written, over all processes that carried it."""
+        kept = {name: Tail.of(self.slot / name, TAIL) for name in self.grid.streams}
+        return {name: kept[name] if kept[name].total else heard
+                for name, heard in self.grid.streams.items()}
 
     async def carry(self) -> Outcome | None:
         """Carry the job; None when it was left (`left` says why) and is to be continued."""
