@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -55,7 +54,8 @@ class Project:
                                 authenticator=self.server.authenticator, **options)
         lend_templates(templates, self.client.project_directory / "vmjob")
         self.seen: dict[str, list[ClientTask]] = {}
-        self.stderr: dict[str, str] = {}
+        #: Most tasks that were executing at one look.
+        self.most_at_once = 0
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -179,6 +179,8 @@ class Project:
                     history = self.seen.setdefault(task.name, [])
                     if not history or history[-1] != task:
                         history.append(task)
+                self.most_at_once = max(self.most_at_once, sum(
+                    task.active == "EXECUTING" for task in tasks))
                 self._changed.notify_all()
 
     @staticmethod
@@ -200,13 +202,3 @@ def lend_templates(shared: Home, root: Path) -> Home:
     for path in (shared.templates, shared.cache, shared.locks):
         (root / path.name).symlink_to(path)
     return home
-
-
-def eventually_true(condition: Callable[[], bool], seconds: float) -> bool:
-    """As `tests.conftest.eventually`, at the pace of a client that is asked by a program."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(LOOK_EVERY)
-    return False

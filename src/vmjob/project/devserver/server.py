@@ -172,8 +172,8 @@ class DevServer:
         """Queue a job for whichever client asks next; returns its result's name.
 
         ``inputs``: logical name -> file, copied now; those in ``copy_inputs`` are copied into the
-        slot. ``outputs``: logical names; ``copy_outputs`` (all, or which): the job writes them in its
-        slot.
+        slot. ``outputs``: logical names; ``copy_outputs`` (all, or which): the job writes
+        them in its slot.
         Bounds: bytes; operations (`FPOPS_BOUND` is 11 days of elapsed time); ``max_nbytes`` of
         each output; ``delay_bound`` seconds to the deadline. ``plan_class``: only of that class.
         """
