@@ -17,7 +17,7 @@ import click
 from vmjob.cli.job import finding_as_dict, say_findings
 from vmjob.cli.main import fail, print_json
 from vmjob.errors import JobFileInvalid, KeyFileInvalid, UsageError, VmjobError
-from vmjob.home import Home
+from vmjob.home import Home, remove_tree
 from vmjob.image.recipe import DEFAULT_NAME
 from vmjob.image.store import ImageStore
 from vmjob.project import names, planclass, signing, templates
@@ -242,10 +242,8 @@ def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tupl
             programs()
         if root is None:
             root = Path(tempfile.mkdtemp(prefix="vmjob-dev-"))
-            if not with_client:
-                from vmjob.home import remove_tree
-
-                stack.callback(remove_tree, root)
+            # Kept once there are outputs in it, or a client's messages that tell what went wrong.
+            stack.callback(_remove_unless_used, root)
         server = stack.enter_context(DevServer(
             root, port=port, key=signing.read_key(key) if key is not None else None))
         apps = {}
@@ -267,6 +265,11 @@ def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tupl
 
 
 # -- inside ------------------------------------------------------------------------------------
+
+
+def _remove_unless_used(root: Path) -> None:
+    if not (root / "client").exists():
+        remove_tree(root)
 
 
 def _serve(server: DevServer, *, as_json: bool) -> None:
