@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,8 +89,13 @@ class Project:
 
     def app(self, name: str, job: str, *, job_name: str = "vmjob.toml",
             files: Mapping[str, str | bytes | Path] | None = None, copied: Sequence[str] = (),
-            inputs: Sequence[str] = (), file_prefix: str = "") -> None:
-        """Package an app version 1.00 and offer it. ``files``: logical name -> path or content."""
+            inputs: Sequence[str] = (), file_prefix: str = "",
+            needs_network: bool = True) -> None:
+        """Package an app version 1.00 and offer it.
+
+        ``files``: logical name -> path or content. ``needs_network`` False: it may run without one,
+        whatever its job says.
+        """
         place = self.root / "apps of" / name
         place.mkdir(parents=True)
         (place / job_name).write_text(job)
@@ -99,10 +105,14 @@ class Project:
                               for logical, each in (files or {}).items()})
         directory = made.version.directory
         assert directory is not None
+        described = directory / "version.xml"
+        text = described.read_text()
         if file_prefix:
-            described = directory / "version.xml"
-            described.write_text(described.read_text().replace(
-                "</version>", f"<file_prefix>{file_prefix}</file_prefix>\n</version>"))
+            text = text.replace("</version>",
+                                f"<file_prefix>{file_prefix}</file_prefix>\n</version>")
+        if not needs_network:
+            text = re.sub(r"<needs_network.*\n", "", text)
+        described.write_text(text)
         self.server.add_version(directory)
 
     def add(self, app: str, inputs: Mapping[str, str | bytes | Path] | None = None,

@@ -6,6 +6,7 @@ reported.
 
 from __future__ import annotations
 
+import re
 import socketserver
 import tarfile
 import threading
@@ -137,8 +138,10 @@ def offer(project: Project) -> None:
     project.app("copied", VBOX, job_name="vbox_job.xml", file_prefix="shared")
     project.app("linked", VBOX, job_name="vbox_job.xml")
     project.app("script", SCRIPT, inputs=["script"])
+    # The client lets a task stand that needs the network when there is none; one that merely uses
+    # it runs on.
     project.app("online", SCRIPT.replace("sh", "python3", 1) + 'network = "nat"\n',
-                inputs=["script"])
+                inputs=["script"], needs_network=False)
 
 
 def queue(run: Run) -> None:
@@ -154,8 +157,6 @@ def queue(run: Run) -> None:
                               ["shared/out"])
     run.names["copied"] = add("copied", {"boinc_app": COPYING, "in": "by a copy\n"}, ["out"],
                               copy_inputs=["boinc_app", "in"], copy_outputs=True)
-    run.ten = [add("script", {"script": SUMMING.format(number=number)}, ["out"])
-               for number in range(1, TEN + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, app_image: Image,
     with Listener(("127.0.0.1", 0), Answer) as listener:
         thread = threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True)
         thread.start()
-        project = Project(root, app_image, shared_home, cpus=TEN + 8)
+        project = Project(root, app_image, shared_home, cpus=TEN + 8, checkpoint_period=3)
         run = Run(project, listener)
         offer(project)
         queue(run)
@@ -186,7 +187,7 @@ def test_an_image_of_the_app_is_linked_and_not_copied(run: Run, project: Project
     project.until(name, lambda task: task.active == "EXECUTING" and task.cpu_time > 1)
     slot = project.slot_of(name)
     links = {path.name: path.read_text() for path in (slot / "vmjob_image").iterdir()}
-    assert {"manifest.json", "root.squashfs"} <= links.keys() or len(links) >= 5
+    assert links.keys() == {"kernel", "initrd", "root.squashfs", "scratch.qcow2", "manifest.json"}
     assert all("<soft_link>../../projects/" in text for text in links.values())
     adopted = [path for path in (project.client.project_directory / "vmjob" / "images").rglob("*")
                if path.is_file() and path.name != "manifest.json"]
@@ -211,9 +212,11 @@ def test_without_the_network_a_guest_is_cut_off_and_with_it_connected(
         assert task.active == "EXECUTING"
     finally:
         project.client.set_network_mode("always")
-    assert eventually(lambda: listener.asked > asked + 1, 60)
-    assert "the network is on" in stderr.read_text()
-    listener.enough = True
+    try:
+        assert eventually(lambda: listener.asked > asked + 1, 60)
+        assert "the network is on" in stderr.read_text()
+    finally:
+        listener.enough = True
     answered, _, failed, _ = run.output("online").split()
     assert int(answered) >= 4
     assert int(failed) >= 1
@@ -242,7 +245,10 @@ def test_the_worker_of_vmwrapper_gives_its_three_outputs(run: Run) -> None:
     assert result.outputs["stdout"].read_text() == (
         "worker: 13 bytes on stdin, 12 bytes in the file\nworker: used 5 CPU seconds\n")
     assert result.outputs["stderr"].read_text() == ""
-    assert result.cpu_time > 5
+    # That is what its machine believes; what it got of a busy computer may be less.
+    assert re.search(r"^processor: .* (5\.\d|[6-9]\.\d|\d\d\.\d) s in the machine$",
+                     result.stderr_out, re.MULTILINE)
+    assert result.cpu_time > 1
     assert result.stderr_out.startswith("SUCCEEDED\n")
 
 
@@ -269,6 +275,8 @@ def test_a_vbox_job_reads_and_writes_its_shared_folder(run: Run, project: Projec
 
 
 def test_ten_jobs_run_at_once_and_each_has_its_own_answer(run: Run, project: Project) -> None:
+    run.ten = [project.add("script", {"script": SUMMING.format(number=number)}, ["out"])
+               for number in range(1, TEN + 1)]
     results = [project.result(name) for name in run.ten]
     assert [each.outputs["out"].read_text() for each in results if each.succeeded] == [
         f"{sum(i * i for i in range(number * 10000))}\n" for number in range(1, TEN + 1)]
@@ -279,8 +287,8 @@ def test_a_job_that_asks_for_it_is_continued_later(run: Run, project: Project) -
     begun, ended = run.output("waiting", "shared/out").splitlines()
     assert begun.split()[0] == "begun"
     assert ended == begun.replace("begun", "ended")  # its memory is what it was
-    said = "postponed for 10 seconds: the job is to be continued after 10 seconds: " \
-           "the licence server is busy"
+    why = "the job is to be continued after 10 seconds: the licence server is busy"
+    said = f"Task {run.names['waiting']} postponed for 10 seconds: {why}"
     assert any(said in each.text and each.priority == "user notification"
                for each in project.client.messages())
     assert any(said in each for each in project.client.notices())
