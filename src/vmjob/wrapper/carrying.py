@@ -18,7 +18,7 @@ from vmjob.engine.record import Record
 from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
-from vmjob.errors import VmjobError
+from vmjob.errors import AcceleratorUnusable, VmjobError
 from vmjob.grid import boinc
 from vmjob.grid.boinc import (
     Abort,
@@ -228,10 +228,15 @@ class Carrier:
                 image = await asyncio.to_thread(contents.find_image, home, self.where)
                 allowed = rules.allowed(
                     emulation=self._options.emulation or contents.allows_emulation(self._init))
-                shape, found, why = await machine_shape(
-                    home, image.name if image else job.image, accel, memory_mb=job.memory_mb,
-                    cpus=job.cpus, disk_gb=job.disk_gb, network=job.network,
-                    cpu=cpu or job.cpu or "baseline", progress=self._building, allowed=allowed)
+                try:
+                    shape, found, why = await machine_shape(
+                        home, image.name if image else job.image, accel, memory_mb=job.memory_mb,
+                        cpus=job.cpus, disk_gb=job.disk_gb, network=job.network,
+                        cpu=cpu or job.cpu or "baseline", progress=self._building,
+                        allowed=allowed)
+                except AcceleratorUnusable as unusable:
+                    self._log.line(unusable.message)
+                    raise rules.asking_for_emulation(unusable, allowed) from unusable
                 self.facts = {"image": found.name, "accelerator": shape.accelerator,
                               "why": why}
                 if not slot.has_job:
