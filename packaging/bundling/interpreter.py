@@ -121,7 +121,8 @@ def contents() -> Tree:
     modules, extensions = _standard_library()
     landmark = modules["os.pyc"]
     library = f"lib/{VERSION}"
-    packages = f"{library}/site-packages"
+    # Not in site-packages, which Debian's Python calls otherwise; all look into this one.
+    packages = library
     tree: Tree = {f"{library}/lib-dynload/{path.name}": File(stripped(path))
                   for path in extensions}
     for name in sorted(requirements("vmjob")):

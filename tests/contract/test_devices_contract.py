@@ -153,6 +153,36 @@ async def test_nothing_passes_while_the_networks_cable_is_pulled(
         assert answers == [b"hellohello"]
 
 
+async def test_traffic_is_counted_each_way(driver: Driver, spec: MachineSpec) -> None:
+    if driver.name != "qemu":
+        pytest.skip("nobody counts")
+    machine = await driver.create(replace(spec, network="nat"))
+    heard = 0
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal heard
+        while data := await reader.read(65536):
+            heard += len(data)
+        writer.close()
+
+    async with running(machine) as client, await asyncio.start_server(hear, "127.0.0.1") as server:
+        before = machine.traffic()
+        port = server.sockets[0].getsockname()[1]
+        task = await client.start(["python3", "-c", ("import socket\n"
+                                   f"s = socket.create_connection(('10.0.2.2', {port}))\n"
+                                   "s.sendall(bytes(300000))\ns.close()")])
+        with anyio.fail_after(BOOT):
+            end = await client.follow(task, _unheard)
+        assert (end.exit_code, heard) == (0, 300_000)
+        sent, received = (now - then for now, then in zip(machine.traffic(), before, strict=True))
+        assert 300_000 < sent < 400_000
+        assert 1000 < received < 60_000
+
+
+async def _unheard(stream: Stream, data: bytes) -> None:
+    """Nobody wants it."""
+
+
 async def test_a_machine_without_a_network_has_no_cable(driver: Driver,
                                                         spec: MachineSpec) -> None:
     async with running(machine := await driver.create(spec)):

@@ -293,6 +293,7 @@ def test_a_client_that_was_killed_is_started_again_in_its_folder(run: Run) -> No
 
 
 def test_what_a_task_left_behind_is_found_and_ended(run: Run) -> None:
+    run.result("orphan")
     run.client.close(grace=0.1)
     assert [each.command for each in run.client.leftovers] == ["sleep 300"]
     assert not any(psutil.pid_exists(each.pid) for each in run.client.leftovers)
@@ -307,3 +308,17 @@ def test_a_failed_trial_says_so_by_its_exit_code(root: Path, tmp_path: Path) -> 
         env={**os.environ}, check=False)
     assert done.returncode == 125
     assert json.loads(done.stdout)["error"]["code"] == "result-overdue"
+
+
+def test_when_the_command_is_killed_no_client_remains(root: Path, tmp_path: Path) -> None:
+    directory = next((root / "apps" / "lab" / "1.00").iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vmjob", "project", "serve-dev", str(directory), "--with-client",
+         "--root", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "client" / "client.log"
+    assert eventually(lambda: log.exists() and "Starting BOINC client" in log.read_text(), 30)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert "boinc" in {each.name() for each in below}
+    process.kill()
+    process.wait(10)
+    assert psutil.wait_procs(below, timeout=20)[1] == []

@@ -38,7 +38,7 @@ start() {
 # Unpack below the directory $1: into a directory of this process, which Python then checks and
 # renames. False when this place will not do; `why` says why.
 unpack() {
-  why="cannot write to $1"
+  why="cannot write to $1, or it belongs to another user"
   mkdir -p "$1" 2> /dev/null && [ -w "$1" ] && trusted "$1" || return
   draft=$1/.$name.$$
   rm -rf "$draft"

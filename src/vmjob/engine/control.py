@@ -95,6 +95,10 @@ class Control:
         """The process that the job's machine is, while tasks run in it."""
         return self._parts[0].machine.pid if self._parts is not None else None
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that the job's machine has sent and received; 0 while no tasks run."""
+        return self._parts[0].machine.traffic() if self._parts is not None else (0, 0)
+
     async def _go_on(self, session: Sleeper, clock: RunClock, life: Life) -> None:
         try:
             await session.machine.resume()  # when the checkpoint under way is finished

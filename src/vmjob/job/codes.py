@@ -37,7 +37,7 @@ CODES = {
     "placeholder": "A template's placeholder, which nobody filled in.",
     "bad-path": "A name leads out of its folder, is absolute, or has control characters.",
     "unknown-element": "No element of this name is known; it sets nothing.",
-    "no-status-file": "A file that tells other programs how far a job is, which is not written.",
+    "no-status-file": "A file that tells programs how far a job is, written under BOINC only.",
     "unknown-value": "None of the words that are known here.",
     "outdated": "An element of older releases, which is no longer read.",
     "twice": "An element that counts once is there more than once; the last one counts.",

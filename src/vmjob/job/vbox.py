@@ -66,7 +66,7 @@ NOT_SHARED = (
     "vbox_job.xml",
     "boinc_mmap_file", "boinc_lockfile", "boinc_setup_complete", "boinc_finish_called",
     "boinc_temporary_exit", "boinc_task_state.xml", "boinc_ufr_*", "boinc_ufs_*", "lockfile",
-    "stderr.txt", "graphics_status.xml", "trickle_up.xml", "trickle_down_*", "vmjob",
+    "stderr.txt", "graphics_status.xml", "trickle_up.xml", "vmjob",
     "vmjob_*",
     "vbox_checkpoint.*", "vbox_webapi.xml", "vbox_remote_desktop.xml", "vbox_trace.txt",
     "vbox_replay.txt", "vbox_screenshot.png", "vm_image*.vdi", "vm_cache.vdi",
@@ -313,7 +313,8 @@ def _ways(given: _Given, findings: list[Finding]) -> None:
              "the screen is shown by VNC, to this computer only and with a password, not by RDP")
     if given.on("enable_graphics_support"):
         _add(findings, Level.NOTE, given.lines["enable_graphics_support"], "no-status-file",
-             "no graphics_status.xml is written; `vmjob job run --events` tells the same")
+             "graphics_status.xml is written where the BOINC client runs the job and the "
+             "application has a graphics_app; `vmjob job run --events` tells the same")
     if given.on("enable_cern_dataformat") and given.number("job_duration"):
         _add(findings, Level.NOTE, given.lines["enable_cern_dataformat"], "cern-output",
              "no file 'output' is written into the slot when the duration is over")

@@ -298,6 +298,13 @@ class Machine(Protocol):
         """
         ...
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that the guest has sent, and those that it was sent, since this process's start.
+
+        Of the cable, packets' headers included; 0 where nobody counts. May be called at any time.
+        """
+        ...
+
     def console_address(self) -> ConsoleAddress:
         """Where its screen can be seen while it runs.
 

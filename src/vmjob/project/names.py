@@ -44,8 +44,8 @@ def check_platform(name: str) -> str:
     return name
 
 
-def check_plan_class(name: str) -> str:
-    """A plan class, or '' for none.
+def check_plan_class(name: str, *, ours: bool = True) -> str:
+    """A plan class, or '' for none. ``ours``: it is for vmjob's jobs.
 
     ``vbox`` in it would tell the client that this is VirtualBox: it would take the workunit's
     ``rsc_memory_bound`` for the memory in use instead of measuring it, and read the job's stderr
@@ -56,7 +56,7 @@ def check_plan_class(name: str) -> str:
     if not _PLAN_CLASS.fullmatch(name) or len(name) > 32:
         raise _refuse("the plan class", name, "it is not 1 to 32 letters, digits and single '_'")
     for word in ("vbox", "docker"):
-        if word in name.lower():
+        if ours and word in name.lower():
             raise _refuse("the plan class", name,
                           f"a client that sees {word!r} in it treats the job as one of that kind")
     return name
@@ -73,14 +73,17 @@ def version_number(version: str) -> int:
     return int(match[1]) * 100 + int(match[2])
 
 
-def check_physical(name: str) -> str:
-    """A physical name: unique in the project for ever, the file's name on server and client."""
+def check_physical(name: str, *, ours: bool = True) -> str:
+    """A physical name: unique in the project for ever, the file's name on server and client.
+
+    ``ours``: it is a file of vmjob's.
+    """
     if not _FILE.fullmatch(name) or len(name) > MAX_FILE_NAME:
         raise _refuse("the physical name", name,
                       f"it is not 1 to {MAX_FILE_NAME} letters, digits, '_', '.', '+' or '-'")
     if name.endswith(".sig") or name == "version.xml":
         raise _refuse("the physical name", name, "BOINC's tools take such a file for their own")
-    if "vboxwrapper" in name:
+    if ours and "vboxwrapper" in name:
         raise _refuse("the physical name", name, "a client that sees it takes the job for "
                       "VirtualBox's, and does not measure its memory")
     return name

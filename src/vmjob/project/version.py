@@ -148,7 +148,8 @@ def text(version: AppVersion) -> str:
 def read(directory: Path) -> AppVersion:
     """An app version from its directory, by the rules of ``update_versions``.
 
-    Files that version.xml does not name belong to it, too; an only file is the main program.
+    Files that version.xml does not name belong to it, too; an only file is the main program. It may
+    be one for VirtualBox: what clients do with its names is then what its makers want.
     Raises `PackageInvalid`.
     """
     directory = directory.absolute()
@@ -166,7 +167,7 @@ def read(directory: Path) -> AppVersion:
              for name in [*described, *(each for each in physical if each not in described)]]
     made = AppVersion(
         names.check_app(app), names.version_number(version), names.check_platform(platform),
-        names.check_plan_class(plan_class), tuple(files),
+        names.check_plan_class(plan_class, ours=False), tuple(files),
         (text_of(given, "api_version") if given else "") or API_VERSION,
         is_wrapper=given is not None and truth(given, "is_wrapper"),
         needs_network=given is not None and truth(given, "needs_network"),
@@ -262,7 +263,7 @@ def _described(directory: Path, there: bool) -> markup.Element | None:
 
 def _file(name: str, path: Path, described: markup.Element | None, signature: Path | None, *,
           only: bool) -> VersionFile:
-    names.check_physical(name)
+    names.check_physical(name, ours=False)
     logical = text_of(described, "logical_name") if described else ""
     if logical:
         names.check_logical(logical)

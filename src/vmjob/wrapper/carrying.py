@@ -19,12 +19,12 @@ from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import VmjobError
+from vmjob.grid import boinc
 from vmjob.grid.boinc import (
     Abort,
     ClientGone,
     Event,
     InitData,
-    Network,
     Quit,
     Reread,
     Resume,
@@ -35,15 +35,17 @@ from vmjob.grid.boinc import (
     Uploaded,
 )
 from vmjob.home import Home
-from vmjob.job.model import SHARED, Job
+from vmjob.job.logical import is_there
+from vmjob.job.model import SHARED, Job, Network
 from vmjob.job.packages import with_packages
 from vmjob.machine.contract import Priority
 from vmjob.machine.qemu import programs
 from vmjob.machine.qemu.driver import QemuDriver
 from vmjob.shape import doubt, machine_shape
-from vmjob.wrapper import contents, places, policy, totals
-from vmjob.wrapper.client import ClientGrid
-from vmjob.wrapper.log import Log
+from vmjob.wrapper import contents, network, places, policy, totals
+from vmjob.wrapper.client import TAIL, ClientGrid
+from vmjob.wrapper.log import Log, Tail
+from vmjob.wrapper.network import Gate
 from vmjob.wrapper.outcome import Again, Outcome, of_error, of_record
 from vmjob.wrapper.usage import Usage
 
@@ -52,6 +54,8 @@ __all__ = ["Carrier", "Left", "Options"]
 MIB = 1 << 20
 #: The engine's slot, in the client's.
 SLOT = "vmjob"
+#: The application's program that shows its jobs; only with it somebody reads how far a job is.
+GRAPHICS_APP = "graphics_app"
 #: Where the logs of a machine that failed are put for the report.
 FAILED = "failed"
 #: Seconds for a last checkpoint when the client wants us to leave; it kills after 60.
@@ -109,13 +113,17 @@ class Carrier:
         self._pace = Pace()
         self._still = False
         self._online: bool | None = None
+        self._gate = Gate(init.global_preferences if init is not None else None)
+        self._gate_open = True
         self._orders = asyncio.Event()
         self._work: asyncio.Task[Outcome] | None = None
         self._parting: asyncio.Task[None] | None = None
         self._usage = Usage()
         self._before = 0.0
+        self._passed = (0, 0)
         self._job: Job | None = None
         self._warned_of_disk = False
+        self._shows = is_there(GRAPHICS_APP, self.where)
         self.left: Left | None = None
         self.totals = totals.read(directory)
         self.grid = ClientGrid(runtime, self.where, self.totals, log)
@@ -129,13 +137,19 @@ class Carrier:
         """Where everything of the job is."""
         return self._directory / SLOT
 
+    def streams(self) -> dict[str, Tail]:
+        """The end of what the job has written, over all processes that carried it."""
+        kept = {name: Tail.of(self.slot / name, TAIL) for name in self.grid.streams}
+        return {name: kept[name] if kept[name].total else heard
+                for name, heard in self.grid.streams.items()}
+
     async def carry(self) -> Outcome | None:
         """Carry the job; None when it was left (`left` says why) and is to be continued."""
         self._begin()
         self._runtime.listen(self._deliver)
         self._work = self._loop.create_task(self._whole())
         try:
-            async with beside(self._obey()), beside(self._tell()):
+            async with beside(self._obey()), beside(self._tell()), beside(self._limit()):
                 return await self._work
         except asyncio.CancelledError:
             if self.left is None:
@@ -337,7 +351,7 @@ class Carrier:
             case Suspend() | Resume():
                 self._still = isinstance(event, Suspend)
                 self._orders.set()
-            case Network(available):
+            case boinc.Network(available):
                 if self._online is not None or not available:
                     self._log.line(f"the network is {'on' if available else 'off'}")
                 self._online = available
@@ -363,17 +377,30 @@ class Carrier:
 
         A CPU throttle says two words a second, and either may take longer than that to be done.
         """
-        still, online = False, True
+        still, plugged = False, True
         while True:
             await self._orders.wait()
             self._orders.clear()
             with contextlib.suppress(VmjobError):  # a machine that is gone: its job tells it
-                if self._online is not None and self._online != online:
-                    online = self._online
-                    await self._control.set_network(online)
+                if (self._online is not False and self._gate_open) != plugged:
+                    plugged = not plugged
+                    await self._control.set_network(plugged)
                 if self._still != still:
                     still = self._still
                     await (self._control.suspend() if still else self._control.resume())
+
+    async def _limit(self) -> None:
+        """Keep what passes the network within the volunteer's limits, for ever."""
+        while True:
+            if not self._gate.limited or self._job is None or self._job.network is Network.NONE:
+                await asyncio.sleep(STATUS_PERIOD)
+                continue
+            sent, received = self._control.traffic()
+            is_open = self._gate.allows(sent, received, time.monotonic())
+            if is_open != self._gate_open:
+                self._gate_open = is_open
+                self._orders.set()
+            await asyncio.sleep(network.PERIOD)
 
     async def _tell(self) -> None:
         """The status, once a second, and now and then what else has to be known or written."""
@@ -396,9 +423,27 @@ class Carrier:
         used_now = self._usage.measure()
         self.totals.cpu_seconds = max(self.totals.cpu_seconds,
                                       self._before + used_now.cpu_seconds)
+        self._count_traffic()
         self._runtime.report(Status(
             cpu_seconds=self.totals.cpu_seconds, fraction_done=self.grid.fraction,
-            other_pid=self._control.pid, memory_bytes=used_now.memory_bytes))
+            other_pid=self._control.pid, memory_bytes=used_now.memory_bytes,
+            bytes_sent=self.totals.bytes_sent, bytes_received=self.totals.bytes_received,
+            want_network=self._job is not None and self._job.network is not Network.NONE))
+
+        if self._shows:
+            with contextlib.suppress(OSError):  # a full disk: the picture stands still
+                self._runtime.status_file(
+                    cpu_seconds=self.totals.cpu_seconds, elapsed_seconds=self.totals.run_seconds,
+                    fraction_done=self.grid.fraction or 0.0)
+
+    def _count_traffic(self) -> None:
+        """Add what the machine has sent and received since the last time; one may be a new one."""
+        sent, received = self._control.traffic()
+        before_sent, before_received = self._passed
+        self.totals.bytes_sent += sent - (before_sent if sent >= before_sent else 0)
+        self.totals.bytes_received += received - (
+            before_received if received >= before_received else 0)
+        self._passed = (sent, received)
 
     async def _keep(self) -> None:
         """Make a last checkpoint, if there is time for it, and leave."""
@@ -417,6 +462,7 @@ class Carrier:
 
     def _reread(self, init: InitData) -> None:
         self._init = init
+        self._gate = Gate(init.global_preferences)
         if self._job is not None:
             self._set_pace(self._job)
         self._log.line(f"preferences: a checkpoint every {self._pace.seconds or 0:.0f} s")

@@ -168,7 +168,8 @@ def missing_outputs(where: Surroundings) -> Iterator[str]:
     for number, path in enumerate(sorted(where.directory.iterdir())):
         if number >= MOST_LINKS:
             return
-        if path.is_file() and not path.is_symlink():
+        # Not the client's own: who opens and closes the lock file gives the slot away.
+        if not path.name.startswith("boinc_") and path.is_file() and not path.is_symlink():
             target = resolved(path)
             if target != path and not target.exists():
                 yield path.name

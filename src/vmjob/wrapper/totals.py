@@ -25,8 +25,9 @@ class Totals(msgspec.Struct):
 
     ``cpu_seconds``: processor time on this computer. ``run_seconds``: time that its tasks ran.
     ``starts``: processes that carried it; ``checkpoints``: how many there were. ``faults``: how
-    often in a row something was in the way, by the error's code. ``told``: causes that the
-    volunteer has heard of.
+    often in a row something was in the way, by the error's code. ``bytes_sent``,
+    ``bytes_received``: by its machines, over the network. ``fraction``: the job's last word on how
+    much of it is done.
     """
 
     cpu_seconds: float = 0.0
@@ -34,7 +35,9 @@ class Totals(msgspec.Struct):
     starts: int = 0
     checkpoints: int = 0
     faults: dict[str, int] = {}
-    told: list[str] = []
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    fraction: float | None = None
 
 
 def read(directory: Path) -> Totals:

@@ -209,8 +209,38 @@ def test_a_slow_receiver_does_not_keep_the_runtime_from_closing(
     with App(client, hang) as app:
         client.queue.append("<suspend/>\n")
         app.until_heard(Suspend())
-    assert_free(client.slot)
+        start = time.monotonic()
+    assert time.monotonic() - start < 1.0
+    # Its thread may still take a message, so nobody else may have the slot.
+    with pytest.raises(AssertionError):
+        assert_free(client.slot)
     go.set()
+    assert app.runtime._thread is not None
+    app.runtime._thread.join(DEADLINE)
+    assert not app.runtime._thread.is_alive()
+    app.runtime._slot_lock.release()
+
+
+def test_a_slow_disk_does_not_deafen_the_runtime(
+        client: SimulatedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, writing = threading.Event(), threading.Event()
+
+    def slow(fd: int) -> None:
+        writing.set()
+        go.wait(DEADLINE)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with App(client) as app:
+        thread = threading.Thread(target=app.runtime.trickle_up, args=("a", "b"))
+        thread.start()
+        assert writing.wait(DEADLINE)
+        client.queue.append("<suspend/>\n")
+        app.runtime.report(Status(3.0))
+        app.until_heard(Suspend())
+        client.until(lambda: client.seen.current_cpu_time == 3.0, "the status is known")
+        go.set()
+        thread.join(DEADLINE)
+        client.until(lambda: client.seen.trickles, "the trickle is taken")
 
 
 def test_a_client_that_is_not_our_parent_is_gone_with_its_process(tmp_path: Path) -> None:
@@ -364,6 +394,17 @@ def test_who_cannot_say_that_the_job_is_finished_hears_of_it(client: SimulatedCl
             app.runtime.finish(0)
 
 
+def test_what_is_said_after_the_end_is_not_heard_and_does_no_harm(client: SimulatedClient) -> None:
+    with App(client) as app:
+        pass
+    app.runtime.report(Status(1.0))
+    app.runtime.checkpointed(1.0)
+    assert not app.runtime.trickle_up("a", "b")
+    app.runtime.web_address("http://127.0.0.1/")
+    app.runtime.finish(0)
+    assert not client.memory[STATUS * 1024]
+
+
 def test_closing_twice_and_listening_twice(client: SimulatedClient) -> None:
     with App(client) as app:
         with pytest.raises(RuntimeError):
@@ -372,7 +413,8 @@ def test_closing_twice_and_listening_twice(client: SimulatedClient) -> None:
     app.runtime.close()
 
 
-def test_a_runtime_may_be_closed_by_its_receiver(client: SimulatedClient) -> None:
+def test_a_runtime_may_be_closed_by_its_receiver(
+        client: SimulatedClient, caplog: pytest.LogCaptureFixture) -> None:
     done: queue.Queue[bool] = queue.Queue()
 
     def leave(event: Event) -> None:
@@ -384,6 +426,9 @@ def test_a_runtime_may_be_closed_by_its_receiver(client: SimulatedClient) -> Non
         client.queue.append("<quit/>\n")
         app.until_heard(Quit())
         assert done.get(timeout=DEADLINE)
+        assert app.runtime._thread is not None
+        app.runtime._thread.join(DEADLINE)
+    assert not caplog.text
 
 
 # -- the slot --------------------------------------------------------------------------------------

@@ -254,6 +254,19 @@ def test_a_job_cannot_report_for_itself_or_another(server: DevServer, tmp_path: 
     assert server.results[first].exit_status == 1
 
 
+def test_a_trickle_reports_nothing_and_hides_nothing(server: DevServer, tmp_path: Path) -> None:
+    offered(server, tmp_path)
+    first, second = a_job(server, tmp_path), a_job(server, tmp_path)
+    ask(server)
+    for text in (report(first), f"</msg_from_host>{report(first)}", "<![CDATA[", "<app_versions>"):
+        reply = ask(server, held=(first, second), results=(
+            f"<msg_from_host>\n<result_name>{second}</result_name>\n<time>1</time>\n"
+            f"<variety>x</variety>\n{text}\n</msg_from_host>\n"))
+        assert named(reply, "result_ack") == named(reply, "result") == []
+    assert server.results == {}
+    assert {each.result for each in server.trickles} == {second}
+
+
 def test_trickles_go_up_and_down_and_aborts_and_messages_once(server: DevServer,
                                                              tmp_path: Path) -> None:
     offered(server, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,11 @@ def test_the_command_writes_templates(tmp_path: Path) -> None:
      "key-file-invalid")])
 @pytest.mark.usefixtures("home")
 def test_what_cannot_be_done_has_a_code(arguments: list[str], code: str) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("vmjob-*"))
     run = vmjob(*arguments, "--json")
     assert json.loads(run.stdout)["error"]["code"] == code
     assert run.exit_code == 125
+    assert set(Path(tempfile.gettempdir()).glob("vmjob-*")) <= before
 
 
 def test_a_missing_client_is_named_with_its_package(tmp_path: Path,

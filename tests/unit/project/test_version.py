@@ -100,7 +100,7 @@ def test_a_version_of_the_field_is_read(tmp_path: Path) -> None:
     made = read(laid_out(tmp_path, """<version>
    <file>
       <!-- this name has to be changed -->
-      <physical_name>wrapper_26105</physical_name>
+      <physical_name>vboxwrapper_26105</physical_name>
       <main_program/>
    </file>
    <file>
@@ -111,11 +111,11 @@ def test_a_version_of_the_field_is_read(tmp_path: Path) -> None:
    </file>
    <dont_throttle/>
    <needs_network/>
-</version>""", "wrapper_26105", "vm_cache.vdi", "beside"))
+</version>""", "vboxwrapper_26105", "vm_cache.vdi", "beside"))
     assert (made.version_num, made.plan_class, made.needs_network) == (205, "c", True)
     assert [(each.physical_name, each.logical_name, each.main_program, each.copy_file)
             for each in made.files] == [
-        ("wrapper_26105", "", True, False), ("vm_cache.vdi", "vm_cache.vdi", False, True),
+        ("vboxwrapper_26105", "", True, False), ("vm_cache.vdi", "vm_cache.vdi", False, True),
         ("beside", "", False, False)]
 
 

@@ -113,6 +113,8 @@ def request_upload(directory: Path, logical_name: str) -> None:
     """Leave the request; raises `ValueError` for what is no file's name, `OSError`."""
     if not _is_name(logical_name):
         raise ValueError("a logical name is that of a file, without a path")
+    # The end of an earlier upload is not that of this one.
+    (directory / f"{UPLOAD_STATUS}{logical_name}").unlink(missing_ok=True)
     path = directory / f"{UPLOAD_REQUEST}{logical_name}"
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _NOT_INHERITED
     os.close(os.open(path, flags, 0o644))

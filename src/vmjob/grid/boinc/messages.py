@@ -138,6 +138,10 @@ def upload_status(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
+#: The client copies a trickle between these tags, without any escape, and a server looks for them.
+_FORGERY = re.compile(rb"<\s*/?\s*(?:msg_from_host|result_name)\b", re.IGNORECASE)
+
+
 def trickle(variety: str, text: str) -> bytes:
     """A ``trickle_up.xml``; raises `ValueError` for a variety or a text that cannot be sent."""
     if not variety or len(variety) > MAX_VARIETY or re.search(r"[<>&\x00-\x1f\x7f]", variety):
@@ -148,6 +152,8 @@ def trickle(variety: str, text: str) -> bytes:
         raise ValueError(f"a trickle has at most {MAX_TRICKLE} bytes")
     if b"\0" in data:
         raise ValueError("a trickle is text, without zero bytes")
+    if _FORGERY.search(data):
+        raise ValueError("a trickle that ends its own frame could speak for another job")
     return data
 
 

@@ -32,6 +32,9 @@ class Outgoing:
         self._channels = channels
         self._part = (init.fraction_done_start, init.fraction_done_end)
         self._lock = threading.Lock()
+        #: One trickle at a time; apart, for the thread that hears the client must not wait for a
+        #: disk.
+        self._writing = threading.Lock()
         self._status: Status | None = None
         self._checkpoint = self._sent_checkpoint = seconds(init.wu_cpu_time)
         self._next_status = self._next_trickle = 0.0
@@ -60,14 +63,15 @@ class Outgoing:
                 self._status = Status(cpu_seconds)
 
     def trickle(self, data: bytes) -> bool:
-        with self._lock:
+        with self._writing:
             path, now = self._directory / files.TRICKLE_UP, time.monotonic()
-            if now < self._next_trickle or path.exists():
+            if self._abandoned or now < self._next_trickle or path.exists():
                 return False
             files.write_whole(path, data, durable=True)
             self._next_trickle = now + TRICKLE_PERIOD
-            self._trickle = True
-            self._send_flags()
+            with self._lock:
+                self._trickle = True
+                self._send_flags()
         return True
 
     def upload(self, logical_name: str) -> None:
@@ -82,7 +86,9 @@ class Outgoing:
             self._send_replies()
 
     def abandon(self) -> None:
-        """Say nothing any more: the client has ended, and the channels may be another's."""
+        """Say nothing any more: the channels are closed, or their client has ended and another
+        instance has them.
+        """
         with self._lock:
             self._abandoned = True
 

@@ -128,7 +128,7 @@ class Runtime:
                     step()
                 except Exception:  # noqa: BLE001
                     # A thread that died here would let the client kill the job.
-                    if time.monotonic() >= quiet_until:
+                    if time.monotonic() >= quiet_until and not self._closed.is_set():
                         quiet_until = time.monotonic() + COMPLAINT_PERIOD
                         _log.exception("the connection with the client is disturbed")
                 if incoming.gone:
@@ -228,10 +228,10 @@ class Runtime:
             thread.join(CLOSE_WAIT)
         if self._outgoing is not None:
             self._outgoing.send_last()
-        if thread is not None and thread.is_alive():
-            # It may still touch the memory, which ends with the process.
-            _close(None, self._slot_lock)
-        else:
+            self._outgoing.abandon()
+        # While a delivery hangs its thread may still touch the channels: then they, and the lock
+        # that keeps another instance from them, end with the process.
+        if thread is None or thread is threading.current_thread() or not thread.is_alive():
             _close(self._channels, self._slot_lock)
 
     def __enter__(self) -> Self:

@@ -156,6 +156,9 @@ class FakeMachine:
             raise NotSupported("the machine has no network")
         self._relays.plug(available)
 
+    def traffic(self) -> tuple[int, int]:
+        return 0, 0
+
     def console_address(self) -> ConsoleAddress:
         self._require_running()
         return self._screen.address()

@@ -244,6 +244,9 @@ class SimulatedMachine:
         if self.spec.network == "none":
             raise NotSupported("the machine has no network")
 
+    def traffic(self) -> tuple[int, int]:
+        return 0, 0
+
     def console_address(self) -> ConsoleAddress:
         self._running_guest()
         return self._screen.address()

@@ -83,6 +83,8 @@ class Descriptors:
     template_memory: int | None = None
     #: The read-only layers of the machine's disk above the image's, lowest first.
     layers: tuple[int, ...] = ()
+    #: Where QEMU writes what passes the network's cable: from the guest, to the guest.
+    traffic: tuple[int, int] | None = None
 
 
 def cpu_model(accelerator: str, wanted: str) -> str:
@@ -214,13 +216,18 @@ def _kernel(boot: BootParts, spec: MachineSpec) -> list[str]:
             "-append", kernel_arguments(spec)]
 
 
-def _network(spec: MachineSpec) -> list[str]:
+def _network(spec: MachineSpec, fds: Descriptors) -> list[str]:
     if spec.network == "none":
         return ["-nic", "none"]
     # Systems that know no virtio know this card: it is VirtualBox's, too.
     card = "e1000" if spec.foreign else "virtio-net-pci"
-    return ["-netdev", f"user,id={NETWORK},ipv6=off",
-            "-device", f"{card},netdev={NETWORK},romfile="]
+    words = ["-netdev", f"user,id={NETWORK},ipv6=off",
+             "-device", f"{card},netdev={NETWORK},romfile="]
+    # A queue is named as the card sees it from the cable's other end.
+    for queue, fd in zip(("rx", "tx"), fds.traffic or (), strict=False):
+        words += ["-object", (f"filter-dump,id=count-{queue},netdev={NETWORK},queue={queue},"
+                             f"file=/proc/self/fd/{fd},maxlen=1")]
+    return words
 
 
 def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors,
@@ -241,7 +248,7 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
         *(_foreign(media, overlay, fds) if media else _own(spec, overlay, fds)),
         "-object", "rng-random,id=rng0,filename=/dev/urandom",
         "-device", "virtio-rng-pci,rng=rng0",
-        *_network(spec),
+        *_network(spec, fds),
         *(DISPLAY if spec.display else ()),
         *(["-incoming", "defer"] if spec.template or spec.saved else []),
     ]

@@ -56,6 +56,7 @@ from vmjob.machine.qemu.display import Display
 from vmjob.machine.qemu.foreign import Media, look_at
 from vmjob.machine.qemu.forwards import Forwards
 from vmjob.machine.qemu.monitor import Monitor
+from vmjob.machine.qemu.traffic import Traffic
 
 if TYPE_CHECKING:
     from vmjob.machine.qemu import saving
@@ -144,6 +145,7 @@ class QemuMachine:
         self._display: Display | None = None
         self._media: Media | None = None
         self._saver: saving.Saver | None = None
+        self._traffic: Traffic | None = None
 
     # -- the contract --------------------------------------------------------------------------
 
@@ -171,11 +173,14 @@ class QemuMachine:
         for name in ("monitor", "console", *names):
             ours[name], theirs[name] = socket.socketpair()
         try:
+            if self.spec.network != "none":
+                self._traffic = Traffic.opened()
+            pipes = self._traffic.inherited if self._traffic else None
             fds = argv.Descriptors(theirs["monitor"].fileno(), theirs["console"].fileno(),
                                    {name: theirs[name].fileno() for name in names},
                                    source.memory if source else None,
-                                   source.layers if source else ())
-            inherited = [sock.fileno() for sock in theirs.values()]
+                                   source.layers if source else (), pipes)
+            inherited = [sock.fileno() for sock in theirs.values()] + list(pipes or ())
             if source:
                 inherited += [fd for fd in (source.memory, *source.layers) if fd is not None]
             if isinstance(source, frozen.Opened):
@@ -183,9 +188,13 @@ class QemuMachine:
             command = argv.command_line(binary, self.spec, self.overlay, fds, self._media)
             self._keep("argv.json", json.dumps(command, indent=1))
             await self._spawn(command, inherited)
+            if self._traffic:
+                self._traffic.begin()
         except BaseException:
             for sock in ours.values():
                 sock.close()
+            if self._traffic:
+                self._traffic.close()
             raise
         finally:
             for sock in theirs.values():
@@ -321,6 +330,9 @@ class QemuMachine:
         if self.spec.network == "none":
             raise NotSupported("the machine has no network")
         await monitor.execute("set_link", name=argv.NETWORK, up=available)
+
+    def traffic(self) -> tuple[int, int]:
+        return self._traffic.bytes() if self._traffic else (0, 0)
 
     def console_address(self) -> ConsoleAddress:
         return self._running_display().address
@@ -495,6 +507,8 @@ class QemuMachine:
             self._pidfd = -1
         await self._console.close()
         await self._monitor.close()
+        if self._traffic:
+            self._traffic.close()
         self._status = Status.STOPPED
         self._keep("qmp.json", json.dumps(list(self._monitor.transcript), indent=1))
         if self._monitor.out_of_space and not self._asked_to_end:

@@ -103,6 +103,11 @@ class _Text:
             return 0.0
         return found if abs(found) < 1e30 else 0.0
 
+    def after(self, head: _Text) -> _Text:
+        """What follows a part that this begins with."""
+        at = len(head.whole)
+        return _Text(self.whole[at:], self.marks[at:])
+
     def before(self, name: str) -> _Text:
         at = self.marks.find(f"<{name}>")
         return self if at < 0 else _Text(self.whole[:at], self.marks[:at])
@@ -112,13 +117,15 @@ def parse(data: bytes) -> Request:
     """Read a request; what is missing is empty, and nothing is refused."""
     whole = data[:MAX_BYTES].decode("utf-8", "replace")
     text = _Text(whole, _without_cdata(whole))
-    # The same words mean other things further on: <result> is also inside <app_versions>' siblings.
-    head = text.before("app_versions")
-    others = frozenset(each.value("name") for each in text.inside("other_result"))
+    # Results stand first, then trickles, then what the client has. A trickle is a job's own words,
+    # without CDATA: nothing of it may be taken for a result, or hide what comes after it.
+    head = text.before("app_versions").before("msg_from_host")
+    tail = _Text(after := whole[whole.rfind("</msg_from_host>") + 1:], after)
+    others = frozenset(each.value("name") for each in tail.inside("other_result"))
     versions = tuple(
         HeldVersion(each.value("app_name"), int(each.number("version_num")),
                     each.value("platform"), each.value("plan_class"))
-        for block in text.inside("app_versions") for each in block.inside("app_version"))
+        for block in tail.inside("app_versions") for each in block.inside("app_version"))
     client = ".".join(str(int(text.number(f"core_client_{part}")))
                       for part in ("major_version", "minor_version", "release"))
     return Request(
@@ -128,7 +135,7 @@ def parse(data: bytes) -> Request:
                    *(each.value("name") for each in head.inside("alt_platform"))),
         has_key=bool(head.value("code_sign_key")), held=others,
         results=tuple(map(_reported, head.inside("result"))),
-        trickles=tuple(map(_trickle, text.inside("msg_from_host"))),
+        trickles=tuple(map(_trickle, _Text(whole, whole).after(head).inside("msg_from_host"))),
         versions=versions, client=client)
 
 

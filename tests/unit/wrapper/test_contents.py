@@ -1,0 +1,222 @@
+"""What the client puts into a slot is found under its logical names, and nothing is copied."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmjob.cli.wrapper import for_the_job
+from vmjob.errors import ImageMissing, JobFileInvalid, PolicyForbids
+from vmjob.grid.boinc import InitData
+from vmjob.home import Home
+from vmjob.job.model import Job, Network
+from vmjob.job.reading import Surroundings
+from vmjob.wrapper import contents
+from vmjob.wrapper.policy import Policy
+
+TOML = """
+inputs = ["in", "data/table"]
+outputs = ["out", "result"]
+[[task]]
+run = ["./program", "in"]
+"""
+VBOX = "<vbox_job><memory_size_mb>512</memory_size_mb><enable_shared_directory/></vbox_job>"
+
+
+class Slot:
+    """A client's data directory with one project and one slot."""
+
+    def __init__(self, root: Path) -> None:
+        self.project = root / "projects" / "127.0.0.1_8000"
+        self.directory = root / "slots" / "0"
+        self.project.mkdir(parents=True)
+        self.directory.mkdir(parents=True)
+        self.init = InitData(project_dir=self.project, boinc_dir=root, app_name="app",
+                             result_name="wu_1_0", ncpus=1.0)
+
+    def link(self, logical: str, physical: str, content: str | None = None) -> Path:
+        """A link file as the client makes it: relative to the slot, wherever it is."""
+        target = self.project / physical
+        if content is not None:
+            target.write_text(content)
+        path = self.directory / logical
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"<soft_link>../../projects/{self.project.name}/{physical}</soft_link>\n")
+        return target
+
+    def where(self, *arguments: str) -> Surroundings:
+        return contents.surroundings(self.directory, self.init, arguments, None, None, None)
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Slot:
+    return Slot(tmp_path)
+
+
+def test_files_of_a_job_are_where_the_links_lead(slot: Slot) -> None:
+    slot.link("vmjob.toml", "app_1.00_vmjob.toml", TOML)
+    given = slot.link("in", "wu_1_in", "input")
+    table = slot.link("data/table", "app_1.00_table", "1 2")
+    out = slot.link("out", "wu_1_0_0")
+    job, findings = contents.read_job(slot.where())
+    assert findings == []
+    assert [each.source for each in job.inputs] == [given, table]
+    assert [each.destination for each in job.outputs] == [out, slot.directory / "result"]
+
+
+def test_a_data_directory_behind_a_symbolic_link_is_the_same(slot: Slot, tmp_path: Path) -> None:
+    """Debian's client is told of /var/lib/boinc, and is in /var/lib/boinc-client."""
+    slot.link("vmjob.toml", "app_1.00_vmjob.toml", TOML)
+    given = slot.link("in", "wu_1_in", "input")
+    slot.link("data/table", "table", "")
+    alias = tmp_path.parent / f"{tmp_path.name}-alias"
+    alias.symlink_to(tmp_path)
+    slot.init = replace(slot.init, project_dir=alias / "projects" / slot.project.name)
+    job, _ = contents.read_job(slot.where())
+    assert job.inputs[0].source == given
+    alias.unlink()
+
+
+def test_a_link_that_leads_out_of_the_project_is_no_input(slot: Slot, tmp_path: Path) -> None:
+    slot.link("vmjob.toml", "app_1.00_vmjob.toml", TOML)
+    (tmp_path / "secret").write_text("secret")
+    (slot.directory / "in").write_text("<soft_link>../../secret</soft_link>")
+    with pytest.raises(JobFileInvalid, match="in"):
+        contents.read_job(slot.where())
+
+
+def test_the_first_job_file_counts_and_none_is_an_error(slot: Slot) -> None:
+    with pytest.raises(JobFileInvalid, match=r"vbox_job\.xml"):
+        contents.read_job(slot.where())
+    slot.link("vmjob.toml", "toml", TOML)
+    slot.link("vbox_job.xml", "xml", VBOX)
+    job, _ = contents.read_job(slot.where())
+    assert job.tasks[0].title == "boinc_app"
+
+
+def test_every_error_of_a_job_file_is_told_with_its_line(slot: Slot) -> None:
+    slot.link("vmjob.toml", "toml", 'run = 1\nmemory_mb = "x"\n')
+    with pytest.raises(JobFileInvalid) as caught:
+        contents.read_job(slot.where())
+    assert "vmjob.toml:1:" in caught.value.message
+    assert "vmjob.toml:2:" in caught.value.message
+
+
+def test_links_in_a_shared_folder_are_relative_to_the_slot(slot: Slot) -> None:
+    slot.link("vbox_job.xml", "xml", VBOX)
+    job, _ = contents.read_job(slot.where())
+    shared = next(each for each in job.folders if each.name == "shared")
+    assert (shared.links, shared.base) == (True, slot.directory)
+
+
+def test_a_shared_slot_keeps_the_clients_files_and_ours_from_the_job(slot: Slot) -> None:
+    slot.link("vbox_job.xml", "xml",
+              "<vbox_job><memory_size_mb>512</memory_size_mb><share_slot_dir/></vbox_job>")
+    job, _ = contents.read_job(slot.where())
+    without = job.folders[0].without
+    assert {"vmjob", "vmjob_*", "boinc_lockfile", "boinc_mmap_file", "stderr.txt"} <= {*without}
+
+
+@pytest.mark.parametrize(("ncpus", "option", "policy", "expected"), [
+    (1.0, None, None, 1), (0.5, None, None, 1), (1.0, 2, None, 2), (1.0, 2, 1, 1)])
+def test_processors_are_as_many_as_were_set_aside_and_are_allowed(
+        slot: Slot, monkeypatch: pytest.MonkeyPatch, ncpus: float, option: int | None,
+        policy: int | None, expected: int) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    slot.link("vmjob.toml", "toml", TOML)
+    job, _ = contents.read_job(slot.where())
+    init = replace(slot.init, ncpus=ncpus)
+    assert contents.limited(job, Policy(cpus=policy), init, cpus=option).cpus == expected
+
+
+def test_no_machine_has_more_processors_than_the_computer(
+        slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert contents.limited(Job(tasks=()), Policy(), slot.init, cpus=16).cpus == 2
+
+
+def test_a_job_with_a_network_is_refused_where_there_must_be_none(slot: Slot) -> None:
+    with pytest.raises(PolicyForbids):
+        contents.limited(Job(tasks=(), network=Network.NAT), Policy(network=False), slot.init,
+                         cpus=None)
+
+
+@pytest.mark.parametrize(("preferences", "said"), [
+    ("", False), ("<vmjob_emulation>1</vmjob_emulation>", True),
+    ("<project_specific>\n<vmjob_emulation> 1 </vmjob_emulation>", True),
+    ("<vmjob_emulation>0</vmjob_emulation>", False), ("<vmjob_emulation/>", True)])
+def test_the_volunteers_word_on_emulation_is_heard(slot: Slot, preferences: str,
+                                                   said: bool) -> None:
+    assert contents.allows_emulation(replace(slot.init, project_preferences=preferences)) is said
+    assert not contents.allows_emulation(None)
+
+
+def test_outputs_that_are_not_there_are_named(slot: Slot) -> None:
+    slot.link("out", "wu_1_0_0")
+    slot.link("made", "wu_1_0_1", "x")
+    (slot.directory / "plain").write_text("no link")
+    assert list(contents.missing_outputs(slot.where())) == ["out"]
+
+
+# -- the image -------------------------------------------------------------------------------
+
+
+def with_image(slot: Slot) -> None:
+    parts = {}
+    for name in ("kernel", "initrd", "root", "scratch"):
+        slot.link(f"vmjob_image/{name}", f"img_0123_{name}", name)
+        parts[name] = {"file": name, "size": len(name), "sha256": "0" * 64}
+    slot.link("vmjob_image/manifest.json", "img_0123_manifest.json", json.dumps({
+        "format": 1, "name": "img", "suite": "bookworm", "requested": [], "recipe_digest": "0",
+        "created": "2026-01-01T00:00:00Z", "agent_protocol": 1, "kernel_version": "6.1",
+        "parts": parts, "packages": [], "total_size": 20}))
+
+
+def test_the_applications_image_stays_where_it_is(slot: Slot, tmp_path: Path) -> None:
+    with_image(slot)
+    home = Home(tmp_path / "home")
+    image = contents.find_image(home, slot.where())
+    assert image is not None
+    assert image.root.is_symlink()
+    assert image.root.resolve() == slot.project / "img_0123_root"
+    assert contents.find_image(home, slot.where()) == image
+    assert [path.name for path in home.images.iterdir()] == [image.name]
+
+
+def test_an_image_whose_files_were_removed_is_forgotten(slot: Slot, tmp_path: Path) -> None:
+    with_image(slot)
+    home = Home(tmp_path / "home")
+    old = contents.find_image(home, slot.where())
+    assert old is not None
+    (slot.project / "img_0123_root").unlink()
+    with pytest.raises(ImageMissing, match="root"):
+        contents.find_image(home, slot.where())
+    slot.link("vmjob_image/root", "img_4567_root", "another")
+    text = (slot.project / "img_0123_manifest.json").read_text().replace("0" * 64, "1" * 64)
+    slot.link("vmjob_image/manifest.json", "img_4567_manifest.json", text)
+    new = contents.find_image(home, slot.where())
+    assert new is not None
+    assert [path.name for path in home.images.iterdir()] == [new.name] != [old.name]
+
+
+def test_a_slot_without_an_image_or_a_hypervisor_has_none(slot: Slot, tmp_path: Path) -> None:
+    assert contents.find_image(Home(tmp_path / "home"), slot.where()) is None
+    assert contents.find_qemu(slot.where()) is None
+    archive = slot.link("vmjob_qemu.tar.gz", "qemu_1.tar.gz", "x")
+    assert contents.find_qemu(slot.where()) == archive
+
+
+# -- the command line ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    ((), ()), (("20", "-x", "in"), ("20", "-x", "in")),
+    (("--device", "0", "a"), ("a",)), (("--use_tstp", "a"), ("a",)),
+    (("a", "--passthrough_child", "--device", "b"), ("a", "--device", "b")),
+    (("--", "a", "--", "b"), ("a", "--", "b"))])
+def test_the_job_gets_all_words_that_are_not_the_clients(given: tuple[str, ...],
+                                                         kept: tuple[str, ...]) -> None:
+    assert for_the_job(given) == kept
