@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -55,7 +55,8 @@ class Project:
                                 authenticator=self.server.authenticator, **options)
         lend_templates(templates, self.client.project_directory / "vmjob")
         self.seen: dict[str, list[ClientTask]] = {}
-        self.stderr: dict[str, str] = {}
+        #: Most tasks that were executing at one look.
+        self.most_at_once = 0
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -88,8 +89,13 @@ class Project:
 
     def app(self, name: str, job: str, *, job_name: str = "vmjob.toml",
             files: Mapping[str, str | bytes | Path] | None = None, copied: Sequence[str] = (),
-            inputs: Sequence[str] = (), file_prefix: str = "") -> None:
-        """Package an app version 1.00 and offer it. ``files``: logical name -> path or content."""
+            inputs: Sequence[str] = (), file_prefix: str = "",
+            needs_network: bool = True) -> None:
+        """Package an app version 1.00 and offer it.
+
+        ``files``: logical name -> path or content. ``needs_network`` False: it may run without one,
+        whatever its job says.
+        """
         place = self.root / "apps of" / name
         place.mkdir(parents=True)
         (place / job_name).write_text(job)
@@ -99,10 +105,14 @@ class Project:
                               for logical, each in (files or {}).items()})
         directory = made.version.directory
         assert directory is not None
+        described = directory / "version.xml"
+        text = described.read_text()
         if file_prefix:
-            described = directory / "version.xml"
-            described.write_text(described.read_text().replace(
-                "</version>", f"<file_prefix>{file_prefix}</file_prefix>\n</version>"))
+            text = text.replace("</version>",
+                                f"<file_prefix>{file_prefix}</file_prefix>\n</version>")
+        if not needs_network:
+            text = re.sub(r"<needs_network.*\n", "", text)
+        described.write_text(text)
         self.server.add_version(directory)
 
     def add(self, app: str, inputs: Mapping[str, str | bytes | Path] | None = None,
@@ -179,6 +189,8 @@ class Project:
                     history = self.seen.setdefault(task.name, [])
                     if not history or history[-1] != task:
                         history.append(task)
+                self.most_at_once = max(self.most_at_once, sum(
+                    task.active == "EXECUTING" for task in tasks))
                 self._changed.notify_all()
 
     @staticmethod
@@ -200,13 +212,3 @@ def lend_templates(shared: Home, root: Path) -> Home:
     for path in (shared.templates, shared.cache, shared.locks):
         (root / path.name).symlink_to(path)
     return home
-
-
-def eventually_true(condition: Callable[[], bool], seconds: float) -> bool:
-    """As `tests.conftest.eventually`, at the pace of a client that is asked by a program."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(LOOK_EVERY)
-    return False

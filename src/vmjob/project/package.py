@@ -102,9 +102,10 @@ def _wrapper(own: str, wrapper: Path | None, warnings: list[str]) -> Source:
         return Source("", f"{own}_wrapper", wrapper.suffix, wrapper, main_program=True)
     warnings.append("the main program is a script that starts the Python of this computer; it is "
                     "for the development server on this computer only (--wrapper FILE)")
-    # The client's LD_LIBRARY_PATH is for apps that bring libraries, and would mislead Python.
+    # The client's LD_LIBRARY_PATH is for apps that bring libraries, and would mislead Python. -P: a
+    # job can write to its slot, and nothing of a job may ever be imported here.
     script = ("#!/bin/sh\nunset LD_LIBRARY_PATH\n"
-              f'exec {shlex.quote(sys.executable)} -m vmjob wrapper "$@"\n')
+              f'exec {shlex.quote(sys.executable)} -P -m vmjob wrapper "$@"\n')
     return Source("", f"{own}_wrapper", ".sh", content=script.encode(), main_program=True)
 
 

@@ -46,7 +46,10 @@ class Offer:
 
 @dataclass(frozen=True)
 class Job:
-    """A workunit and its only result. ``name`` is the result's; sizes are bytes."""
+    """A workunit and its only result. ``name`` is the result's; sizes are bytes.
+
+    ``copy_outputs``: logical names of outputs that the job writes in its slot.
+    """
 
     name: str
     workunit: str
@@ -60,7 +63,7 @@ class Job:
     fpops_bound: float
     max_nbytes: int
     delay_bound: float
-    copy_outputs: bool
+    copy_outputs: frozenset[str]
     plan_class: str | None
 
     def output_name(self, number: int) -> str:

@@ -162,7 +162,7 @@ def _job(assignment: Assignment, url: str) -> str:
             block("xml_signature", [".\n"])]))
         output_references.append(block("file_ref", [
             tag("file_name", name), tag("open_name", logical),
-            flag("copy_file", job.copy_outputs)]))
+            flag("copy_file", logical in job.copy_outputs)]))
     what = assignment.offer.version if assignment.offer is not None else assignment.held
     assert what is not None
     result = block("result", [

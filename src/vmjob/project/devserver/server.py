@@ -166,12 +166,14 @@ class DevServer:
                 disk_bound: float = DISK, memory_bound: float = MEMORY,
                 fpops_est: float = FPOPS_EST, fpops_bound: float = FPOPS_BOUND,
                 max_nbytes: int = MAX_NBYTES, delay_bound: float = DELAY_BOUND,
-                copy_inputs: Collection[str] = (), copy_outputs: bool = False,
+                copy_inputs: Collection[str] = (),
+                copy_outputs: bool | Collection[str] = False,
                 plan_class: str | None = None) -> str:
         """Queue a job for whichever client asks next; returns its result's name.
 
         ``inputs``: logical name -> file, copied now; those in ``copy_inputs`` are copied into the
-        slot. ``outputs``: logical names; ``copy_outputs``: the job writes them in its slot.
+        slot. ``outputs``: logical names; ``copy_outputs`` (all, or which): the job writes
+        them in its slot.
         Bounds: bytes; operations (`FPOPS_BOUND` is 11 days of elapsed time); ``max_nbytes`` of
         each output; ``delay_bound`` seconds to the deadline. ``plan_class``: only of that class.
         """
@@ -183,9 +185,11 @@ class DevServer:
             mark = names.check_logical(logical).replace("/", "_")
             taken.append(InputFile(self._serve(f"{workunit}_{mark}", path, linked=False), logical,
                                    logical in copy_inputs))
+        copied = frozenset((outputs if copy_outputs else ()) if isinstance(copy_outputs, bool)
+                           else copy_outputs)
         job = Job(f"{workunit}_0", workunit, app, tuple(taken),
                   tuple(map(names.check_logical, outputs)), command_line, disk_bound, memory_bound,
-                  fpops_est, fpops_bound, max_nbytes, delay_bound, copy_outputs, plan_class)
+                  fpops_est, fpops_bound, max_nbytes, delay_bound, copied, plan_class)
         names.check_result(job.name)
         with self.state.changed:
             self.state.files |= {each.file.name: each.file for each in taken}
