@@ -512,7 +512,7 @@ def check_room(job: Job, directory: Path) -> None:
     Linux would give the memory all the same, and kill somebody later.
     """
     if (available := memory().available // MIB) < job.memory_mb:
-        raise HostMemoryLow(f"the job needs {job.memory_mb} MiB of memory, and {available} are free",
+        raise HostMemoryLow(f"the job needs {job.memory_mb} MiB of memory; {available} are free",
                             advice="It starts by itself when other programs have ended.")
     if (free := disk_free(directory) // MIB) < job.memory_mb + DISK_RESERVE:
         raise HostDiskFull(f"the disk has {free} MiB left; a machine with {job.memory_mb} MiB of "
