@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["project"]
 
+#: Seconds between checkpoints that a client asks for; a trial that is to show some is short.
+CHECKPOINT_PERIOD, VOLUNTEERS_PERIOD = 60.0, 10.0
 EXIT_JOBS_FAILED = 1
 NO_IMAGE = "none"
 #: Seconds that a trial may take unless --deadline says another time.
@@ -216,12 +219,17 @@ def plan_classes(output: Path | None) -> None:
               help="The project's key, to check signatures with; without it all is signed anew.")
 @click.option("--with-client", is_flag=True,
               help="Start the real BOINC client, compute all jobs, and end.")
+@click.option("--like-a-volunteer", is_flag=True,
+              help="With --with-client: suspend the first job, and restart the client, meanwhile.")
+@click.option("--timeline", type=file_type, metavar="FILE.svg",
+              help="With --with-client: draw the life of the jobs.")
 @click.option("--deadline", type=click.FloatRange(min=1), default=DEADLINE, show_default=True,
               metavar="S", help="With --with-client: the most that all may take.")
 @as_json_option
 def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tuple[str, ...],
               jobs: int, command_line: str, copy_outputs: bool, disk_gb: float, memory_mb: float,
-              port: int, root: Path | None, key: Path | None, with_client: bool, deadline: float,
+              port: int, root: Path | None, key: Path | None, with_client: bool,
+              like_a_volunteer: bool, timeline: Path | None, deadline: float,
               as_json: bool) -> None:
     """Serve app versions on this computer, for trials: a project that a real client attaches to.
 
@@ -258,7 +266,8 @@ def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tupl
                                 disk_bound=disk_gb * 1e9, memory_bound=memory_mb * 1e6,
                                 copy_outputs=copy_outputs) for _ in range(jobs)]
         if with_client:
-            results = _compute(server, root, wanted, deadline, as_json=as_json)
+            results = _compute(server, root, wanted, deadline, timeline,
+                               volunteer=like_a_volunteer, as_json=as_json)
             _show(results, root, as_json=as_json)
             sys.exit(0 if all(each.succeeded for each in results) else EXIT_JOBS_FAILED)
         _serve(server, as_json=as_json)
@@ -291,15 +300,24 @@ def _serve(server: DevServer, *, as_json: bool) -> None:
                 click.echo(_line(result), err=as_json)
 
 
-def _compute(server: DevServer, root: Path, wanted: list[str], deadline: float, *,
-             as_json: bool) -> list[Result]:
+def _compute(server: DevServer, root: Path, wanted: list[str], deadline: float,
+             picture: Path | None, *, volunteer: bool, as_json: bool) -> list[Result]:
     from vmjob.project.devclient import DevClient
-    from vmjob.project.trial import compute
+    from vmjob.project.timeline import Timeline
+    from vmjob.project.trial import Volunteer, compute
 
     shown: dict[str, str] = {}
+    life = Timeline()
 
-    def progress(tasks: Iterable[ClientTask]) -> None:
-        for task in tasks:
+    def acted(what: str) -> None:
+        life.mark(time.time(), what)
+        click.echo(f"vmjob: {what}", err=True)
+
+    def progress(tasks: list[ClientTask]) -> None:
+        life.add(time.time(), tasks)
+        if person is not None:
+            person.act(tasks)
+        for task in () if as_json else tasks:
             line = f"{task.active or task.state}, {100 * task.fraction_done:.0f} % done"
             if shown.get(task.name) != line:
                 shown[task.name] = line
@@ -307,11 +325,16 @@ def _compute(server: DevServer, root: Path, wanted: list[str], deadline: float, 
                            err=True)
 
     click.echo(f"vmjob: starting the BOINC client in {root / 'client'}", err=True)
-    client = DevClient(root / "client", url=server.url, authenticator=server.authenticator)
+    client = DevClient(root / "client", url=server.url, authenticator=server.authenticator,
+                       checkpoint_period=VOLUNTEERS_PERIOD if volunteer else CHECKPOINT_PERIOD)
+    person = Volunteer(client, acted) if volunteer else None
     try:
         with client:
-            found = compute(server, client, wanted, deadline, None if as_json else progress)
+            found = compute(server, client, wanted, deadline, progress)
     finally:
+        if picture is not None:
+            life.mark(time.time(), "the end")
+            picture.write_text(life.svg(), encoding="utf-8")
         for left in client.leftovers:
             click.echo(f"vmjob: warning: a task left a process behind, which was killed: "
                        f"{left.command}", err=True)

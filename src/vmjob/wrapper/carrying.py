@@ -18,7 +18,7 @@ from vmjob.engine.record import Record
 from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
-from vmjob.errors import AcceleratorUnusable, VmjobError
+from vmjob.errors import AcceleratorUnusable, HostDiskFull, HostMemoryLow, VmjobError
 from vmjob.grid import boinc
 from vmjob.grid.boinc import (
     Abort,
@@ -35,6 +35,7 @@ from vmjob.grid.boinc import (
     Uploaded,
 )
 from vmjob.home import Home
+from vmjob.host.facts import disk_free, memory
 from vmjob.job.logical import is_there
 from vmjob.job.model import SHARED, Job, Network
 from vmjob.job.packages import with_packages
@@ -43,8 +44,8 @@ from vmjob.machine.qemu import programs
 from vmjob.machine.qemu.driver import QemuDriver
 from vmjob.shape import doubt, machine_shape
 from vmjob.wrapper import contents, network, places, policy, totals
-from vmjob.wrapper.client import ClientGrid
-from vmjob.wrapper.log import Log
+from vmjob.wrapper.client import TAIL, ClientGrid
+from vmjob.wrapper.log import Log, Tail
 from vmjob.wrapper.network import Gate
 from vmjob.wrapper.outcome import Again, Outcome, of_error, of_record
 from vmjob.wrapper.usage import Usage
@@ -67,6 +68,8 @@ SAVE_EVERY = 10
 #: from which on the log warns: the client ends jobs that reach it.
 DISK_SHARE = 0.95
 DISK_WARNING = 0.8
+#: MiB that a machine needs on the disk besides its memory, to begin with.
+DISK_RESERVE = 256
 #: The priority in the preferences from which on a machine is no background work (2: "normal").
 NORMAL_PRIORITY = 2
 
@@ -136,6 +139,12 @@ class Carrier:
     def slot(self) -> Path:
         """Where everything of the job is."""
         return self._directory / SLOT
+
+    def streams(self) -> dict[str, Tail]:
+        """The end of what the job has written, over all processes that carried it."""
+        kept = {name: Tail.of(self.slot / name, TAIL) for name in self.grid.streams}
+        return {name: kept[name] if kept[name].total else heard
+                for name, heard in self.grid.streams.items()}
 
     async def carry(self) -> Outcome | None:
         """Carry the job; None when it was left (`left` says why) and is to be continued."""
@@ -214,6 +223,7 @@ class Carrier:
                 job, accel, cpu = self._read(rules), "auto", ""
                 job.check()
             self._job = job
+            check_room(job, self._directory)
             with self._place(rules):
                 home = contents.home_of(self._init)
                 home.root.mkdir(parents=True, exist_ok=True)
@@ -295,8 +305,8 @@ class Carrier:
         if archive is None:
             return
         try:
-            programs.find(programs.system_binary())
-        except VmjobError:
+            programs.version(programs.find(programs.system_binary()))
+        except VmjobError:  # none, or one that is too old
             from vmjob.host.unpacking import unpacked
 
             os.environ["VMJOB_QEMU"] = str(unpacked(archive, home.root / "programs"))
@@ -494,6 +504,20 @@ class Carrier:
 
     def _save(self) -> None:
         totals.write(self._directory, self.totals)
+
+
+def check_room(job: Job, directory: Path) -> None:
+    """Refuse to take memory or disk that is not there; raises `HostMemoryLow`, `HostDiskFull`.
+
+    Linux would give the memory all the same, and kill somebody later.
+    """
+    if (available := memory().available // MIB) < job.memory_mb:
+        raise HostMemoryLow(f"the job needs {job.memory_mb} MiB of memory; {available} are free",
+                            advice="It starts by itself when other programs have ended.")
+    if (free := disk_free(directory) // MIB) < job.memory_mb + DISK_RESERVE:
+        raise HostDiskFull(f"the disk has {free} MiB left; a machine with {job.memory_mb} MiB of "
+                           "memory needs more than that for one checkpoint",
+                           advice="Free some disk space.")
 
 
 def used(directory: Path) -> int:

@@ -46,6 +46,16 @@ class Tail:
         while self._size - len(self._pieces[0]) >= self._most:
             self._size -= len(self._pieces.popleft())
 
+    @classmethod
+    def of(cls, path: Path, most: int) -> Tail:
+        """The end of a file; an empty one where it cannot be read."""
+        tail = cls(most)
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            tail.total = path.stat().st_size
+            file.seek(max(0, tail.total - most))
+            tail._pieces.append(file.read(most))
+        return tail
+
     def text(self) -> str:
         """What there is, readable; no more than was asked to be kept."""
         data = b"".join(self._pieces)[-self._most:]

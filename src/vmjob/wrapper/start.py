@@ -103,7 +103,7 @@ class _Process:
         remove_tree(carrier.slot / FAILED)
         self._log.conclude(report.sections(
             outcome, carrier.record, carrier.error, carrier.grid.failed_in, carrier.totals,
-            carrier.grid.streams, console, carrier.facts))
+            carrier.streams(), console, carrier.facts))
         try:
             if isinstance(outcome, Finish):
                 self._runtime.finish(outcome.code, outcome.message, outcome.notice)

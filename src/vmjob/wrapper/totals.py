@@ -26,7 +26,8 @@ class Totals(msgspec.Struct):
     ``cpu_seconds``: processor time on this computer. ``run_seconds``: time that its tasks ran.
     ``starts``: processes that carried it; ``checkpoints``: how many there were. ``faults``: how
     often in a row something was in the way, by the error's code. ``bytes_sent``,
-    ``bytes_received``: by its machines, over the network.
+    ``bytes_received``: by its machines, over the network. ``fraction``: the job's last word on how
+    much of it is done.
     """
 
     cpu_seconds: float = 0.0
@@ -36,6 +37,7 @@ class Totals(msgspec.Struct):
     faults: dict[str, int] = {}
     bytes_sent: int = 0
     bytes_received: int = 0
+    fraction: float | None = None
 
 
 def read(directory: Path) -> Totals:

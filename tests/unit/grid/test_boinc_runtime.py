@@ -367,6 +367,13 @@ def test_a_temporary_exit_is_always_understood(
     assert client.verdict(0) == verdict
 
 
+def test_who_finds_the_slot_taken_postpones_no_job_that_ends(client: SimulatedClient) -> None:
+    with App(client) as app:
+        (client.slot / "boinc_temporary_exit").write_text("120\nanother instance\n\n")
+        app.runtime.finish(0)
+    assert client.verdict(0) == "finished"
+
+
 def test_a_full_disk_does_not_undo_a_finished_job(
         client: SimulatedClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:

@@ -63,6 +63,10 @@ def write_finish(directory: Path, code: int, message: str = "", *, notice: bool 
     the client, and not the code in it; so on a full disk, where it cannot be written at once and
     safely, it is made in place, be it empty. Raises `OSError` when not even that is possible.
     """
+    # Another instance that found the slot taken says when it is to be tried again: the client would
+    # read that first, and postpone a job that has ended.
+    with contextlib.suppress(OSError):
+        (directory / TEMPORARY_EXIT).unlink()
     data = f"{code}\n".encode()
     if message := one_line(message, MAX_LINE):  # an empty line would be shown as an empty message
         data += f"{message}\n{'notice' if notice else ''}\n".encode()
