@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import psutil
 
-from tests.conftest import eventually
+from tests.conftest import eventually, session_processes, wait_until_gone
 from tests.e2e.project import Project
 from vmjob.home import Home
 from vmjob.image.store import Image
@@ -107,6 +107,11 @@ class World(Project):
         if exc == (None, None, None):
             assert self.client.leftovers == []
             assert self.left() == []
+
+    def left(self) -> list[psutil.Process]:
+        """As for any project; but another one of the same tests may still be at work."""
+        return wait_until_gone([each for each in session_processes(self.root)
+                                if works_below(each, self.root)])
 
     def job(self, word: str) -> Task:
         return Task(self, self.names[word], self.rounds[word])
@@ -227,6 +232,13 @@ def hypervisors(process: psutil.Process) -> list[psutil.Process]:
         return [each for each in below if each.name().startswith(HYPERVISOR)]
     except psutil.NoSuchProcess:
         return []
+
+
+def works_below(process: psutil.Process, directory: Path) -> bool:
+    try:
+        return any(str(directory) in each for each in (*process.cmdline(), process.cwd()))
+    except (psutil.Error, OSError):
+        return False
 
 
 def used(process: psutil.Process) -> float:

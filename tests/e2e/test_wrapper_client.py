@@ -29,7 +29,9 @@ from vmjob.image.store import Image
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vm, pytest.mark.timeout(600)]
 
-JOBS = {"first": 450, "second": 450}
+JOBS = {"first": 450, "second": 450, "third": 60}
+#: MiB of machines that nobody has frozen yet.
+MEMORY = {"third": 304}
 #: Seconds between checkpoints: first none in the time of a test, then as often as it goes.
 NEVER, OFTEN = 600.0, 1.0
 #: Seconds. The client kills a task that has not left by then.
@@ -46,8 +48,8 @@ def here(tmp_path_factory: pytest.TempPathFactory, image_home: Home,
          default_image: Image) -> Iterator[World]:
     root = tmp_path_factory.mktemp("client")
     make_template(image_home, root / "template")
-    with World(root / "world", default_image, image_home, JOBS, leave_in_memory=False,
-               checkpoint_period=NEVER) as made:
+    with World(root / "world", default_image, image_home, JOBS, memory=MEMORY,
+               leave_in_memory=False, checkpoint_period=NEVER) as made:
         yield made
 
 
@@ -132,11 +134,13 @@ def test_a_client_that_quits_loses_no_work_of_jobs_that_run_or_stand_still(
     second.kept()
     here.client.suspend(second.name)
     second.wait(lambda task: task.active == "SUSPENDED")
+    third = here.released("third")
+    third.logs("a machine is frozen")
     first.goes_on()
     both = {each.name: each for each in (first, second)}
     slots = {name: each.slot for name, each in both.items()}
     before = {name: (each.lines(), each.told()) for name, each in both.items()}
-    gone = [*processes(first), *processes(second)]
+    gone = [*processes(first), *processes(second), third.wrapper(), third.machine()]
     since = time.monotonic()
     with ThreadPoolExecutor(1) as beside:
         quitting = beside.submit(here.client.quit, 90)
@@ -169,6 +173,8 @@ def test_the_successor_of_a_killed_client_finds_the_slots_free(
     both = (first, second)
     for each in both:
         each.goes_on()
+    here.client.suspend(second.name)
+    second.wait(lambda task: task.active == "SUSPENDED")
     old = [process for each in both for process in processes(each)]
     lines = [each.lines() for each in both]
     starts = [each.log().count(CONTINUES) for each in both]
@@ -176,6 +182,7 @@ def test_the_successor_of_a_killed_client_finds_the_slots_free(
     here.client.kill()
     here.client.start()
     took = seconds_to_end(old, since, AT_ONCE)
+    here.client.resume(second.name)
     measured(f"killed: all old processes had gone after {took:.2f} s")
     for each, count, start in zip(both, lines, starts, strict=True):
         each.goes_on()

@@ -35,7 +35,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.vm, pytest.mark.timeout(600)]
 
 #: Rounds of each job; ten take about a second. Those that are aborted are never at their end.
 JOBS = {"suspended": 150, "while made": 60, "while started": 60, "wrapper killed": 200,
-        "machine killed": 200, "terminated": 200, "two at once": 700, "watched": 40,
+        "machine killed": 200, "killed while suspended": 100, "terminated": 200,
+        "two at once": 700, "watched": 40,
         "aborted": 5000, "aborted while made": 5000, "aborted while suspended": 5000}
 #: Those whose machine nobody has frozen yet, MiB.
 MEMORY = {"while made": 272, "aborted while made": 288}
@@ -87,6 +88,20 @@ def second(here: World) -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.communicate()
+
+
+def test_a_throttled_client_quits_and_its_job_has_time_for_a_checkpoint(throttled: World) -> None:
+    job = throttled.job("throttled")
+    job.goes_on()
+    wrapper, slot = job.wrapper(), job.slot
+    since = time.monotonic()
+    throttled.client.quit(90)
+    assert not is_alive(wrapper)
+    measured(f"throttled: the client had gone after {time.monotonic() - since:.1f} s")
+    log = (slot / "stderr.txt").read_text()
+    assert re.search(r"wants us to leave\n[^$]*checkpoint \d", log), log
+    throttled.client.start()
+    job.goes_on()
 
 
 def test_a_suspended_machine_stands_still_and_goes_on(here: World) -> None:
@@ -170,6 +185,25 @@ def test_a_machine_that_is_killed_goes_on_from_its_checkpoint_at_once(here: Worl
     measured(f"killed machine: its next round was done after {time.monotonic() - since:.1f} s")
     assert job.wrapper() == wrapper
     assert job.machine() != machine
+
+
+def test_a_machine_that_is_killed_while_it_stands_still_stands_still_again(here: World) -> None:
+    job = here.released("killed while suspended")
+    job.goes_on()
+    wrapper, machine = job.wrapper(), job.machine()
+    here.client.suspend(job.name)
+    job.wait(lambda task: task.active == "SUSPENDED")
+    stands_still(machine)
+    machine.kill()
+    job.logs("it goes on from the last checkpoint")
+    other = job.machine()
+    stands_still(other)
+    lines = job.lines()
+    stands_still(other)
+    assert job.lines() == lines
+    here.client.resume(job.name)
+    job.goes_on()
+    assert job.wrapper() == wrapper
 
 
 def test_a_wrapper_that_is_told_to_end_keeps_its_machine_first(here: World) -> None:
@@ -261,7 +295,7 @@ def test_a_throttled_job_ends_with_the_right_answer_and_the_right_time(throttled
     # Nothing of it is worth a line.
     assert "warning" not in result.stderr_out
     assert "Traceback" not in result.stderr_out
-    assert result.stderr_out.count("start 1") == 1
+    assert result.stderr_out.count(", start ") == 2
     fetched = re.search(r"(\S+ \S+) vmjob: output files are fetched", result.stderr_out)
     assert fetched
     here = datetime.fromisoformat(fetched[1]).timestamp()
