@@ -27,6 +27,26 @@ DISK_LIMIT, CHILD_FAILED = 196, 195
 COMPUTE_ERROR = 3
 
 SCRIPT = 'run = "sh script"\ninputs = ["script"]\noutputs = ["out"]\n'
+#: A program of VMwrapper's, and a daemon that no polite signal ends.
+XML = """\
+<job_desc>
+    <task>
+        <virtualmachine>V</virtualmachine>
+        <application>script</application>
+        <copy_app_to_VM>1</copy_app_to_VM>
+        <copy_file_from_VM>out</copy_file_from_VM>
+    </task>
+</job_desc>
+"""
+DAEMON = """\
+inputs = ["script"]
+outputs = ["out"]
+[[task]]
+daemon = true
+run = ["sh", "-c", "trap '' HUP INT TERM; while :; do sleep 1; done"]
+[[task]]
+run = "sh script"
+"""
 POLICY = "memory_mb = 600\nnetwork = false\n"
 #: What the owner is told to write where a job needs emulation.
 CONSENT = 'accelerators = ["kvm", "tcg"]'
@@ -79,12 +99,14 @@ def queue(run: Run) -> None:
     add, names = run.project.add, run.names
     names["seven"] = add("script", {"script": FLOODING}, ["out"])
     names["forgotten"] = add("script", {"script": "exit 0\n"}, ["out"])
+    names["forgotten in XML"] = add("xml", {"script": "#!/bin/sh\nexit 0\n"}, ["out"])
     names["unknown"] = add("script", {"script": "echo done > out\n"}, ["out", "extra"])
     names["large"] = add("script", {"script": "sleep 1000\n", "bulk": b"." * (30 * MIB)}, ["out"],
                          copy_inputs=["bulk"], disk_bound=20e6)
     names["writing"] = add("script", {"script": WRITING}, ["out"], disk_bound=70e6)
     names["lingering"] = add("script", {"script": LINGERING}, ["out"])
     names["flood"] = add("script", {"script": FLOOD_FOR_EVER}, ["out"])
+    names["daemon"] = add("daemon", {"script": "echo done > out\n"}, ["out"])
     names["slow"] = add("script", {"script": "echo done > out\n"}, ["out"], consent=False)
     names["big"] = add("big", {"script": "echo done > out\n"}, ["out"])
     names["online"] = add("online", {"script": "echo done > out\n"}, ["out"])
@@ -96,6 +118,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, app_image: Image,
     project = Project(tmp_path_factory.mktemp("failures"), app_image, shared_home, cpus=12)
     run = Run(project)
     project.app("script", SCRIPT, inputs=["script"])
+    project.app("xml", XML, job_name="job.xml", inputs=["script"])
+    project.app("daemon", DAEMON, inputs=["script"])
     project.app("big", f"memory_mb = 1024\n{SCRIPT}", inputs=["script"])
     project.app("online", f'network = "nat"\n{SCRIPT}', inputs=["script"])
     queue(run)
@@ -150,8 +174,10 @@ def test_the_jobs_exit_code_is_reported_and_the_cause_comes_first(run: Run) -> N
     assert "\n1\n" not in result.stderr_out
 
 
-def test_a_declared_output_that_is_missing_is_the_cause_of_the_failure(run: Run) -> None:
-    result = run.result("forgotten")
+@pytest.mark.parametrize("word", ["forgotten", "forgotten in XML"])
+def test_a_declared_output_that_is_missing_is_the_cause_of_the_failure(run: Run,
+                                                                       word: str) -> None:
+    result = run.result(word)
     assert (result.exit_status, result.state) == (CHILD_FAILED, COMPUTE_ERROR)
     assert "'out'" in cause(result)
     assert cause(result).startswith("FAILED: ")
@@ -175,7 +201,7 @@ def test_the_disk_limit_is_in_the_log_before_it_is_reached(run: Run) -> None:
     assert "the client ends it at 66" in result.stderr_out  # MiB; 70e6 bytes
 
 
-@pytest.mark.parametrize("word", ["lingering", "flood"])
+@pytest.mark.parametrize("word", ["lingering", "flood", "daemon"])
 def test_what_a_job_leaves_running_in_its_machine_ends_with_it(run: Run, project: Project,
                                                                word: str) -> None:
     result = run.result(word)
