@@ -349,8 +349,9 @@ class Carrier:
     def _hear(self, event: Event) -> None:
         match event:
             case Suspend() | Resume():
-                self._still = isinstance(event, Suspend)
-                self._orders.set()
+                if self.left is None:  # else a machine would stand that is to be kept
+                    self._still = isinstance(event, Suspend)
+                    self._orders.set()
             case boinc.Network(available):
                 if self._online is not None or not available:
                     self._log.line(f"the network is {'on' if available else 'off'}")
@@ -453,6 +454,7 @@ class Carrier:
             with contextlib.suppress(VmjobError, OSError):  # those before it stay good
                 async with asyncio.timeout(QUIT_DEADLINE):
                     if self._still:  # a machine that stands still is kept when it goes on
+                        self._still = False  # nor is it to stand by an order not yet obeyed
                         await self._control.resume()
                     await self._control.checkpoint(QUIT_DEADLINE)
         except TimeoutError:
