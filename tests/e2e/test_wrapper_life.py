@@ -63,7 +63,7 @@ def templates(root: Path, image_home: Home, default_image: Image) -> Home:
 @pytest.fixture(scope="module")
 def throttled(root: Path, templates: Home, default_image: Image) -> Iterator[World]:
     """A client beside the other that lets its job compute half of the time."""
-    with World(root / "throttled", default_image, templates, {"throttled": 300},
+    with World(root / "throttled", default_image, templates, {"throttled": 400},
                preferences={"cpu_usage_limit": 50}) as made:
         made.released("throttled")
         yield made
