@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from vmjob.home import Home, remove_tree
 from vmjob.machine.contract import BootParts, MachineSpec
 
 if TYPE_CHECKING:
     from vmjob.image.store import Image
+
+# How long an example takes on a busy computer says nothing about what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 #: Inherited by everything that this session starts.
 TOKEN = secrets.token_hex(8)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import eventually
@@ -30,6 +31,8 @@ WORKER = Path(__file__).parents[2] / "examples" / "worker" / "worker.py"
 TARS = ("cctools-2_5_2-i686-linux-2.6.tar", "apache-activemq-5.2.0.tar", "boincvm.tar")
 #: Jobs that are there at once, besides those that are there for something else.
 TEN = 10
+#: Of ``lib/error_numbers.h`` and ``lib/common_defs.h``.
+TIME_LIMIT, COMPUTE_ERROR = 197, 3
 
 VBOX = """\
 <vbox_job>
@@ -118,6 +121,7 @@ class Run:
     listener: Listener
     names: dict[str, str] = field(default_factory=dict)
     ten: list[str] = field(default_factory=list)
+    endless: str = ""
 
     def result(self, word: str) -> Result:
         found = self.project.result(self.names[word])
@@ -146,6 +150,8 @@ def offer(project: Project) -> None:
 
 def queue(run: Run) -> None:
     add, port = run.project.add, run.listener.server_address[1]
+    # The server promises 1e9 operations a second; a limit below 120 s would become 12 hours.
+    run.endless = add("script", {"script": "sleep 100000\n"}, ["out"], fpops_bound=121e9)
     run.names["waiting"] = add("linked", {"shared/boinc_app": WAITING}, ["shared/out"])
     run.names["online"] = add("online", {"script": ASKING.format(port=port)}, ["out"])
     run.names["worker"] = add("worker", {"in": "of the file\n", "stdin": "of the input\n"},
@@ -295,8 +301,18 @@ def test_a_job_that_asks_for_it_is_continued_later(run: Run, project: Project) -
     assert run.result("waiting").stderr_out.count("start 2") == 1
 
 
+def test_a_job_that_takes_too_long_is_ended_by_the_client(run: Run, project: Project) -> None:
+    processes = [psutil.Process(pid) for pid in project.pids(run.endless)]
+    assert len(processes) >= 2  # the wrapper and the machine
+    result = project.result(run.endless)
+    assert (result.exit_status, result.state) == (TIME_LIMIT, COMPUTE_ERROR)
+    assert "exceeded elapsed time limit 121" in result.message
+    assert 120 < result.elapsed < 130
+    assert eventually(lambda: not any(each.is_running() for each in processes), 5)
+
+
 def test_nothing_remains_of_all_these_jobs(run: Run, project: Project) -> None:
-    for name in (*run.names.values(), *run.ten):
+    for name in (*run.names.values(), *run.ten, run.endless):
         project.result(name)
     slots = project.client.folder / "slots"
     assert eventually(lambda: not any(path.is_file() for path in slots.rglob("*")), 30), \

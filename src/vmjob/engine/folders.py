@@ -324,8 +324,11 @@ class Mirror:
             self._guest.get(name) is not None and self._refuse_linked(name))
 
     def _refuse_linked(self, name: str) -> bool:
-        before = self._agreed.get(name)
-        if before is None or before.guest != self._guest.get(name):
+        before, now = self._agreed.get(name), self._guest[name]
+        known = before.guest if before is not None else None
+        # Another mode alone is nobody's loss: that of a program is lost on a project's server, and
+        # each job gives its own back.
+        if known is None or (*known[:2], *known[3:]) != (*now[:2], *now[3:]):
             self._warn_once(f"{self.folder.name}: {name!r} is a link to a file that was there "
                             "before the job, and is left as it is")
         return False

@@ -18,7 +18,7 @@ from vmjob.engine.record import Record
 from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
-from vmjob.errors import VmjobError
+from vmjob.errors import AcceleratorUnusable, HostDiskFull, HostMemoryLow, VmjobError
 from vmjob.grid import boinc
 from vmjob.grid.boinc import (
     Abort,
@@ -35,6 +35,7 @@ from vmjob.grid.boinc import (
     Uploaded,
 )
 from vmjob.home import Home
+from vmjob.host.facts import disk_free, memory
 from vmjob.job.logical import is_there
 from vmjob.job.model import SHARED, Job, Network
 from vmjob.job.packages import with_packages
@@ -67,6 +68,8 @@ SAVE_EVERY = 10
 #: from which on the log warns: the client ends jobs that reach it.
 DISK_SHARE = 0.95
 DISK_WARNING = 0.8
+#: MiB that a machine needs on the disk besides its memory, to begin with.
+DISK_RESERVE = 256
 #: The priority in the preferences from which on a machine is no background work (2: "normal").
 NORMAL_PRIORITY = 2
 
@@ -220,6 +223,7 @@ class Carrier:
                 job, accel, cpu = self._read(rules), "auto", ""
                 job.check()
             self._job = job
+            check_room(job, self._directory)
             with self._place(rules):
                 home = contents.home_of(self._init)
                 home.root.mkdir(parents=True, exist_ok=True)
@@ -228,10 +232,15 @@ class Carrier:
                 image = await asyncio.to_thread(contents.find_image, home, self.where)
                 allowed = rules.allowed(
                     emulation=self._options.emulation or contents.allows_emulation(self._init))
-                shape, found, why = await machine_shape(
-                    home, image.name if image else job.image, accel, memory_mb=job.memory_mb,
-                    cpus=job.cpus, disk_gb=job.disk_gb, network=job.network,
-                    cpu=cpu or job.cpu or "baseline", progress=self._building, allowed=allowed)
+                try:
+                    shape, found, why = await machine_shape(
+                        home, image.name if image else job.image, accel, memory_mb=job.memory_mb,
+                        cpus=job.cpus, disk_gb=job.disk_gb, network=job.network,
+                        cpu=cpu or job.cpu or "baseline", progress=self._building,
+                        allowed=allowed)
+                except AcceleratorUnusable as unusable:
+                    self._log.line(unusable.message)
+                    raise rules.asking_for_emulation(unusable, allowed) from unusable
                 self.facts = {"image": found.name, "accelerator": shape.accelerator,
                               "why": why}
                 if not slot.has_job:
@@ -296,8 +305,8 @@ class Carrier:
         if archive is None:
             return
         try:
-            programs.find(programs.system_binary())
-        except VmjobError:
+            programs.version(programs.find(programs.system_binary()))
+        except VmjobError:  # none, or one that is too old
             from vmjob.host.unpacking import unpacked
 
             os.environ["VMJOB_QEMU"] = str(unpacked(archive, home.root / "programs"))
@@ -497,6 +506,20 @@ class Carrier:
 
     def _save(self) -> None:
         totals.write(self._directory, self.totals)
+
+
+def check_room(job: Job, directory: Path) -> None:
+    """Refuse to take memory or disk that is not there; raises `HostMemoryLow`, `HostDiskFull`.
+
+    Linux would give the memory all the same, and kill somebody later.
+    """
+    if (available := memory().available // MIB) < job.memory_mb:
+        raise HostMemoryLow(f"the job needs {job.memory_mb} MiB of memory; {available} are free",
+                            advice="It starts by itself when other programs have ended.")
+    if (free := disk_free(directory) // MIB) < job.memory_mb + DISK_RESERVE:
+        raise HostDiskFull(f"the disk has {free} MiB left; a machine with {job.memory_mb} MiB of "
+                           "memory needs more than that for one checkpoint",
+                           advice="Free some disk space.")
 
 
 def used(directory: Path) -> int:

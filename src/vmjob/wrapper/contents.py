@@ -34,6 +34,8 @@ __all__ = ["JOB_FILES", "allows_emulation", "find_image", "find_qemu", "home_of"
 
 JOB_FILES = ("vbox_job.xml", "job.xml", "vmjob.toml")
 IMAGE = "vmjob_image"
+#: Our home, in the project's directory.
+HOME = "vmjob"
 QEMU = "vmjob_qemu.tar.gz"
 #: What is ours or the client's in a slot, and no business of the job's.
 OURS = ("vmjob", "vmjob_*", "init_data.xml", "boinc_mmap_file", "boinc_lockfile",
@@ -48,7 +50,7 @@ MOST_LINKS = 1000
 
 def home_of(init: InitData | None) -> Home:
     """Where templates and proofs are kept: with the project, and gone when it is detached."""
-    return Home(init.project_dir / "vmjob") if init is not None else Home()
+    return Home(init.project_dir / HOME) if init is not None else Home()
 
 
 def surroundings(directory: Path, init: InitData | None, arguments: tuple[str, ...],
@@ -112,6 +114,8 @@ def _linked(name: str, where: Surroundings) -> Path:
 
 def _folder(folder: Folder, where: Surroundings) -> Folder:
     """A folder of the slot: its links are relative to the slot, and the client's files not its."""
+    if folder.source == where.project:  # our own home is in there, and as large as a machine
+        return replace(folder, without=(*folder.without, HOME))
     if not folder.source.is_relative_to(where.directory):
         return folder
     if folder.source == where.directory:

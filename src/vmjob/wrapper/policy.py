@@ -19,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmjob.errors import PolicyForbids, PolicyInvalid
+from vmjob.errors import AcceleratorUnusable, PolicyForbids, PolicyInvalid
 from vmjob.job.model import Job, Network
 
 __all__ = ["FILE", "SYSTEM", "Policy", "read"]
@@ -61,6 +61,20 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.accelerators is not None:
             return self.accelerators
         return ACCELERATORS if emulation else ACCELERATORS - {EMULATION}
+
+    def asking_for_emulation(self, error: AcceleratorUnusable,
+                             allowed: frozenset[str]) -> AcceleratorUnusable:
+        """The error in the words that a volunteer gets to read, of which 255 bytes are shown.
+
+        ``allowed``: what was. Emulation is offered unless the owner has spoken of it already.
+        """
+        if EMULATION in allowed or self.accelerators is not None:
+            return error
+        mending = "" if "vmjob doctor" in error.advice else f"{error.advice} "
+        return AcceleratorUnusable(
+            "hardware support for virtual machines does not work here",
+            advice=f'{mending}To allow emulation (slow), write accelerators = ["kvm", "tcg"] into '
+                   f"{FILE} in BOINC's directory.", why=error.message)
 
     def _forbids(self, what: str) -> PolicyForbids:
         return PolicyForbids(f"{what} ({self.path})")

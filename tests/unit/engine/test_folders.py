@@ -335,6 +335,9 @@ async def test_a_guest_changes_no_linked_file_of_others(both: Both, tmp_path: Pa
     (both.host / "in").write_text("<soft_link>../shared_by_jobs</soft_link>")
     mirror = both.mirror(links=True)
     await mirror.fill()
+    (both.guest / "in").chmod(0o755)
+    await rest(mirror)
+    assert both.warnings == []  # it wrote nothing
     (both.guest / "in").write_text("forged")
     await rest(mirror)
     (both.guest / "in").unlink()

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.simulated_client import AUTHENTICATOR, SimulatedClient
-from tests.unit.job.strategies import PATIENT
 from vmjob.grid.boinc import InitData, InitDataInvalid
 from vmjob.grid.boinc.initdata import MAX_BYTES, parse, read
 
@@ -189,7 +188,6 @@ pieces = st.lists(st.sampled_from([each + b"\n" for each in OLD.split(b"\n")])
                       st.text(max_size=20) | st.floats() | st.integers()), max_size=30)
 
 
-@PATIENT
 @given(st.binary(max_size=300) | pieces.map(b"".join)
        | pieces.map(lambda each: b"<app_init_data>" + b"".join(each)))
 def test_any_bytes_give_sound_values_or_are_refused(data: bytes) -> None:

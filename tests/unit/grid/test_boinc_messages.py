@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.job.strategies import PATIENT
 from vmjob.grid.boinc import Channel, Channels, ChannelsUnusable, Status, messages
 from vmjob.grid.boinc.channels import LENGTH, MAX_TEXT, SIZE
 from vmjob.grid.boinc.messages import Command, Heartbeat
@@ -24,7 +23,6 @@ texts = st.text(max_size=300) | st.lists(st.sampled_from([
 ]), max_size=20).map("".join)
 
 
-@PATIENT
 @given(statuses, numbers, st.floats(0, 0.5), st.floats(0.5, 1))
 def test_a_status_fits_and_has_both_times(status: Status, checkpoint: float, first: float,
                                           last: float) -> None:
@@ -53,7 +51,6 @@ def test_a_checkpoint_after_weeks_is_still_a_change() -> None:
     assert a != messages.app_status(Status(5e7), 5e7 + 0.001)
 
 
-@PATIENT
 @given(texts)
 def test_any_text_is_read_or_is_nothing(text: str) -> None:
     assert all(isinstance(each, Command) for each in messages.commands(text))
@@ -87,7 +84,6 @@ def test_an_address_that_cannot_be_shown_is_refused(address: str) -> None:
             build(address)
 
 
-@PATIENT
 @given(st.text(max_size=300))
 def test_an_address_that_is_taken_fits(address: str) -> None:
     try:
@@ -98,7 +94,6 @@ def test_an_address_that_is_taken_fits(address: str) -> None:
     assert text.count("<") == 2
 
 
-@PATIENT
 @given(st.text(max_size=30), st.text(max_size=100))
 def test_a_trickle_is_a_variety_and_then_the_text_as_it_is(variety: str, text: str) -> None:
     try:
@@ -115,7 +110,6 @@ def test_a_trickle_that_cannot_be_sent_is_refused() -> None:
             messages.trickle(variety, text)
 
 
-@PATIENT
 @given(st.text(), st.integers(1, 50))
 def test_one_line_is_one_and_short(text: str, most: int) -> None:
     line = messages.one_line(text, most)
@@ -127,7 +121,6 @@ def test_one_line_is_one_and_short(text: str, most: int) -> None:
 # -- channels --------------------------------------------------------------------------------------
 
 
-@PATIENT
 @given(st.binary(max_size=SIZE), st.sampled_from(Channel))
 def test_garbage_in_a_channel_is_a_text_or_nothing(data: bytes, channel: Channel) -> None:
     memory = bytearray(LENGTH)
@@ -143,7 +136,6 @@ def test_garbage_in_a_channel_is_a_text_or_nothing(data: bytes, channel: Channel
     assert memory == before
 
 
-@PATIENT
 @given(st.lists(st.tuples(st.sampled_from(Channel), st.text(max_size=400).filter(
     lambda text: "\0" not in text))))
 def test_what_is_put_is_got_in_each_channel_alone(said: list[tuple[Channel, str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from vmjob.job.files import Folder, Input, Output
@@ -23,9 +22,6 @@ from vmjob.job.model import (
 )
 
 HERE = Path("/some where/jobs")
-
-#: For promises about all of them: on a busy computer a slow example says nothing.
-PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 UNICODE = st.characters(exclude_categories=("Cs",))
 raw = st.text(UNICODE, max_size=20)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.job.strategies import PATIENT
 from vmjob.errors import BadPath
 from vmjob.job.logical import is_there, resolve
 from vmjob.job.reading import Surroundings
@@ -76,7 +75,6 @@ def test_a_link_is_followed_once(slot: Surroundings) -> None:
     assert resolve("a", slot) == slot.directory / "b"
 
 
-@PATIENT
 @given(st.binary(max_size=60))
 def test_no_content_of_a_file_leads_out(tmp_path_factory: pytest.TempPathFactory,
                                         content: bytes) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.job.strategies import HERE, PATIENT, jobs
+from tests.unit.job.strategies import HERE, jobs
 from vmjob.errors import UsageError
 from vmjob.job.files import Folder, Input, Output
 from vmjob.job.model import Forward, Hardware, Job, Network, OnFlood, Task, Triggers
@@ -151,7 +151,6 @@ def test_every_field_has_a_key(table: Table) -> None:
     assert targets == {each.name for each in dataclasses.fields(table.record)}
 
 
-@PATIENT
 @given(jobs)
 def test_a_job_that_was_written_reads_as_the_same_job(one: Job) -> None:
     text = dump(one, WHERE)
@@ -274,7 +273,6 @@ WORDS = ["run", "task", "[[", "]]", "[", "]", "{", "}", "=", ".", ",", "\n", '"'
          "#", "1", "nan", "true", "inputs", "outputs", "folder", "triggers", "env", "\\", " "]
 
 
-@PATIENT
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode(
     "utf-8", "surrogatepass")), st.lists(st.sampled_from(WORDS), max_size=40).map(
         lambda words: "".join(words).encode())))
@@ -306,7 +304,6 @@ def inline(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | float) else str(value)
 
 
-@PATIENT
 @given(st.data())
 def test_no_value_of_any_key_crashes_the_reader(data: st.DataObject) -> None:
     table = data.draw(st.sampled_from([JOB, TASK, FOLDER, TRIGGERS, FORWARD, HARDWARE]))
@@ -367,14 +364,12 @@ def test_the_line_is_the_one_where_it_is_written() -> None:
     assert lines["p", 1, "q", "z"] == 21
 
 
-@PATIENT
 @given(jobs)
 def test_everything_in_a_written_job_has_a_line(one: Job) -> None:
     text = dump(one, WHERE)
     assert set(lines_of(text)) == places(tomllib.loads(text))
 
 
-@PATIENT
 @given(st.lists(st.sampled_from(WORDS), max_size=30).map("".join))
 def test_the_search_for_lines_ends_in_any_text(text: str) -> None:
     assert all(1 <= line <= text.count("\n") + 1 for line in lines_of(text).values())

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.job.strategies import PATIENT
 from vmjob.job.codes import CODES
 from vmjob.job.files import Input, Output
 from vmjob.job.languages import read_bytes
@@ -247,7 +246,6 @@ PIECES = [*(f"<{name}>" for name in sorted(ELEMENTS)), *(f"</{name}>" for name i
           "<!-- -->", "/x", "''"]
 
 
-@PATIENT
 @given(st.one_of(st.binary(max_size=200),
                  st.lists(st.sampled_from(PIECES), max_size=60).map(
                      lambda pieces: ("<job_desc>" + "".join(pieces) + "</job_desc>").encode())),

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.job.strategies import PATIENT
 from vmjob.job.codes import CODES
 from vmjob.job.files import Folder
 from vmjob.job.job_desc import NOT_THE_JOBS, words
@@ -85,7 +84,6 @@ def test_a_command_line_is_split_as_boinc_does(line: str, split: list[str]) -> N
     assert words(line) == split
 
 
-@PATIENT
 @given(st.text(st.sampled_from("ab \t'\"\\"), max_size=40))
 def test_splitting_keeps_every_letter_but_blanks_and_quotes(line: str) -> None:
     kept = re.sub(r"[\s'\"]", "", "".join(words(line)))
@@ -317,7 +315,6 @@ PIECES = [*(f"<{name}>" for name in sorted(ELEMENTS)), *(f"</{name}>" for name i
           "&#1;", "<!-- -->", "A=1", "1e308"]
 
 
-@PATIENT
 @given(st.one_of(st.binary(max_size=200),
                  st.lists(st.sampled_from(PIECES), max_size=60).map(
                      lambda pieces: ("<job_desc>" + "".join(pieces) + "</job_desc>").encode())),

@@ -226,6 +226,22 @@ def test_a_report_becomes_a_result_with_its_outputs(server: DevServer, tmp_path:
     assert result.outputs["out"].read_bytes() == DATA
 
 
+def test_what_the_client_says_after_the_jobs_words_is_its_message(server: DevServer,
+                                                                  tmp_path: Path) -> None:
+    """So it tells of outputs that are missing; a job cannot speak for it."""
+    offered(server, tmp_path)
+    name = a_job(server, tmp_path)
+    ask(server)
+    lie = "<message>\nall is well\n</message>"
+    ask(server, results=report(name, 0, 3, (
+        f"<stderr_txt>\n{lie}</stderr_txt>{lie}\n</stderr_txt>\n<message>\nupload failure: "
+        "<file_xfer_error>\n<error_code>-161</error_code>\n</file_xfer_error>\n</message>\n")))
+    result = server.wait_result(name, 5)
+    assert result.message == ("upload failure: <file_xfer_error>\n<error_code>-161</error_code>\n"
+                              "</file_xfer_error>")
+    assert result.stderr_out == f"{lie}</stderr_txt>{lie}"
+
+
 def test_who_waits_is_woken_by_the_report(server: DevServer, tmp_path: Path) -> None:
     offered(server, tmp_path)
     name = a_job(server, tmp_path)

@@ -97,7 +97,7 @@ def test_a_job_with_a_network_needs_the_clients(tmp_path: Path) -> None:
 def test_without_a_wrapper_the_script_starts_this_python_and_a_warning_says_so(
         tmp_path: Path) -> None:
     made = packed(tmp_path)
-    assert made.version.main_program.path.read_text().endswith('-m vmjob wrapper "$@"\n')
+    assert made.version.main_program.path.read_text().endswith('-P -m vmjob wrapper "$@"\n')
     assert any("development server" in each for each in made.warnings)
     assert any("signed" in each for each in made.warnings)
     (tmp_path / "wrapper.py").write_text("#!/usr/bin/python3\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,20 @@ from pathlib import Path
 import pytest
 
 from vmjob.cli.wrapper import for_the_job
-from vmjob.errors import ImageMissing, JobFileInvalid, PolicyForbids
+from vmjob.errors import (
+    HostDiskFull,
+    HostMemoryLow,
+    ImageMissing,
+    JobFileInvalid,
+    PolicyForbids,
+    VmjobError,
+)
 from vmjob.grid.boinc import InitData
 from vmjob.home import Home
+from vmjob.host.facts import Memory
 from vmjob.job.model import Job, Network
 from vmjob.job.reading import Surroundings
-from vmjob.wrapper import contents
+from vmjob.wrapper import carrying, contents
 from vmjob.wrapper.policy import Policy
 
 TOML = """
@@ -118,6 +127,25 @@ def test_a_shared_slot_keeps_the_clients_files_and_ours_from_the_job(slot: Slot)
     job, _ = contents.read_job(slot.where())
     without = job.folders[0].without
     assert {"vmjob", "vmjob_*", "boinc_lockfile", "boinc_mmap_file", "stderr.txt"} <= {*without}
+
+
+def test_a_shared_project_keeps_our_own_files_from_the_job(slot: Slot) -> None:
+    slot.link("vbox_job.xml", "xml", VBOX.replace("</vbox_job>",
+                                                  "<share_project_dir/></vbox_job>"))
+    job, _ = contents.read_job(slot.where())
+    project = next(each for each in job.folders if each.name == "project")
+    assert "vmjob" in project.without
+
+
+@pytest.mark.parametrize(("free_memory", "free_disk", "error"), [
+    (511, 10_000, HostMemoryLow), (10_000, 700, HostDiskFull), (512, 768, None)])
+def test_a_job_waits_for_memory_and_disk_that_are_not_there(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_memory: int, free_disk: int,
+        error: type[VmjobError] | None) -> None:
+    monkeypatch.setattr(carrying, "memory", lambda: Memory(1 << 40, free_memory << 20))
+    monkeypatch.setattr(carrying, "disk_free", lambda path: free_disk << 20)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        carrying.check_room(Job(tasks=(), memory_mb=512), tmp_path)
 
 
 @pytest.mark.parametrize(("ncpus", "option", "policy", "expected"), [

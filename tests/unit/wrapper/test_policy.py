@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmjob.errors import PolicyForbids, PolicyInvalid
+from vmjob.errors import AcceleratorUnusable, PolicyForbids, PolicyInvalid
 from vmjob.job.model import Job, Network, Task
 from vmjob.wrapper.policy import ACCELERATORS, Policy, read
 
@@ -42,6 +42,25 @@ def test_accelerators_of_the_policy_are_all_that_may_be_used(tmp_path: Path) -> 
     assert policy.allowed(emulation=False) == {"tcg"}
     policy = read([written(tmp_path / "p.toml", 'accelerators = ["kvm"]')])
     assert policy.allowed(emulation=True) == {"kvm"}
+
+
+def test_who_was_not_asked_about_emulation_is_told_how_to_allow_it() -> None:
+    because = "no accelerator works here (kvm: " + "x" * 300 + ")"
+    found = Policy().asking_for_emulation(AcceleratorUnusable(because), frozenset({"kvm"}))
+    shown = f"{found.message}. {found.advice}".encode()[:255].decode()  # what the client shows
+    assert 'accelerators = ["kvm", "tcg"] into vmjob_policy.toml' in shown
+    assert found.context["why"] == because
+    mend = "Add the user that runs this (boinc) to the group kvm, and restart what started it."
+    found = Policy().asking_for_emulation(AcceleratorUnusable(because, advice=mend), frozenset())
+    assert f"{found.message}. {found.advice}".startswith(
+        f"hardware support for virtual machines does not work here. {mend} To allow emulation")
+
+
+def test_who_has_spoken_of_emulation_is_not_told_of_it() -> None:
+    error = AcceleratorUnusable("no accelerator works here")
+    assert Policy().asking_for_emulation(error, ACCELERATORS) is error
+    spoken = Policy(accelerators=frozenset({"kvm"}))
+    assert spoken.asking_for_emulation(error, spoken.allowed(emulation=True)) is error
 
 
 def test_of_two_files_the_stricter_word_counts(tmp_path: Path) -> None:

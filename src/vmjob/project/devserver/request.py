@@ -143,17 +143,18 @@ def _reported(text: _Text) -> Reported:
     stderr = next(text.inside("stderr_out"), _Text("", "")).whole.replace(_CDATA, "", 1)
     at = stderr.rfind(_CDATA_END)
     stderr = stderr[:at] if at >= 0 else stderr
-    message, written = "", stderr
-    plain = _Text(stderr, stderr)
-    if found := next(plain.inside("message"), None):
-        message = found.whole.strip()
     start, end = stderr.find("<stderr_txt>\n"), stderr.rfind("</stderr_txt>")
+    # What the client says stands around the job's own words: before them how it ended, after them
+    # which files are missing.
+    around, written = [stderr], ""
     if start >= 0:
-        written = stderr[start + len("<stderr_txt>\n"):end if end >= 0 else None]
-        if start < stderr.find("<message>"):
-            message = ""  # the job's own words, not the client's
-    elif message:
-        written = ""
+        last = end if end > start else len(stderr)
+        written = stderr[start + len("<stderr_txt>\n"):last]
+        around = [stderr[:start], stderr[last:]]
+    said = [found.whole.strip() for each in around for found in _Text(each, each).inside("message")]
+    message = "\n".join(said)
+    if start < 0 and not said:
+        written = stderr
     return Reported(
         text.value("name"), int(text.number("state")), int(text.number("exit_status")),
         text.number("final_cpu_time"), text.number("final_elapsed_time"), written.strip("\n"),
