@@ -204,6 +204,7 @@ def test_the_successor_of_a_killed_client_finds_the_slots_free(
         assert each.log().count(CONTINUES) == start + 1
         assert len(owners(each)) == 1
         assert not set(processes(each)) & set(old)
+    here.client.set_preferences(disk_interval=NEVER)  # the rest is faster so
 
 
 @pytest.mark.parametrize("word", JOBS)

@@ -13,6 +13,7 @@ from vmjob.engine.session import beside
 from vmjob.grid.boinc import Event, Quit, Resume, Runtime, Suspend
 from vmjob.wrapper.carrying import Carrier, Options
 from vmjob.wrapper.log import Log
+from vmjob.wrapper.orders import Orders
 
 pytestmark = pytest.mark.anyio
 
@@ -56,8 +57,9 @@ async def test_a_machine_is_kept_before_it_ends(runtime: Runtime, tmp_path: Path
                                                 said: list[Event], obeyed_at_once: bool) -> None:
     carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
     carrier._control = control = Standing()
+    carrier._orders = Orders(control, None)
     carrier._work = work = asyncio.ensure_future(asyncio.sleep(DEADLINE))  # type: ignore[assignment]
-    async with beside(carrier._obey()):
+    async with beside(carrier._orders.obey()):
         await asyncio.sleep(0)
         for each in said:
             carrier._hear(each)
