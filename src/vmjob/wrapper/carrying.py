@@ -218,6 +218,7 @@ class Carrier:
             with contextlib.suppress(VmjobError, OSError):  # those before it stay good
                 async with asyncio.timeout(QUIT_DEADLINE):
                     if self._orders.still:  # one that stands still is kept when it goes on
+                        self._orders.still = False  # nor may it stand by an order not yet obeyed
                         await self._control.resume()
                     await self._control.checkpoint(QUIT_DEADLINE)
         except TimeoutError:
@@ -235,7 +236,8 @@ class Carrier:
     def _hear(self, event: Event) -> None:
         match event:
             case Suspend() | Resume():
-                self._orders.stand(isinstance(event, Suspend))
+                if self.left is None:  # else a machine would stand that is to be kept
+                    self._orders.stand(isinstance(event, Suspend))
             case Network(available):
                 if self._orders.online is not None or not available:
                     self._log.line(f"the network is {'on' if available else 'off'}")
