@@ -47,13 +47,13 @@ def test_accelerators_of_the_policy_are_all_that_may_be_used(tmp_path: Path) -> 
 def test_who_was_not_asked_about_emulation_is_told_how_to_allow_it() -> None:
     because = "no accelerator works here (kvm: " + "x" * 300 + ")"
     found = Policy().asking_for_emulation(AcceleratorUnusable(because), frozenset({"kvm"}))
-    shown = f"{found.message}. {found.advice}".encode()[:255].decode()  # what the client shows
+    shown = f"{found.message}. {found.advice}".encode()[:240].decode()  # what the client shows
     assert 'accelerators = ["kvm", "tcg"] into vmjob_policy.toml' in shown
     assert found.context["why"] == because
     mend = "Add the user that runs this (boinc) to the group kvm, and restart what started it."
     found = Policy().asking_for_emulation(AcceleratorUnusable(because, advice=mend), frozenset())
     assert f"{found.message}. {found.advice}".startswith(
-        f"hardware support for virtual machines does not work here. {mend} To allow emulation")
+        f"hardware virtualization does not work here. {mend} For emulation")
 
 
 def test_who_has_spoken_of_emulation_is_not_told_of_it() -> None:
