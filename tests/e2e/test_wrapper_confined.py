@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pwd
 import shlex
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +47,10 @@ for tree in {trees}; do
   mkdir -p "$tree"
   mount --move "{scratch}/tree" "$tree"
 done
+if [ -e /dev/kvm ]; then  # and root's alone, whatever it is out there
+  install -m 600 /dev/null "{scratch}/kvm"
+  mount --bind "{scratch}/kvm" /dev/kvm
+fi
 mount -o remount,bind,ro /
 cd {data}
 exec setpriv --reuid {user} --regid {user} --clear-groups env -u HOME -u USER -u TMPDIR \\
@@ -115,9 +118,8 @@ def test_without_consent_it_is_postponed_and_says_what_to_do(here: World) -> Non
         here.client.log
     advice = (f"Add the user that runs this ({USER}) to the group kvm"
               if Path("/dev/kvm").exists() else "Switch on virtualization")
-    assert stat.S_IMODE(Path("/dev/kvm").stat().st_mode) & 0o006 == 0  # or there would be no need
     assert eventually(lambda: any(advice in each for each in here.client.notices()), 30), \
         here.client.notices()
-    assert "no accelerator that may be used works here" in here.client.log
+    assert "in BOINC's directory." in here.client.log  # so all of it has fitted
     here.client.abort(name)
     assert here.job("not allowed").result().exit_status == 203

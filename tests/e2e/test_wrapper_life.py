@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
@@ -34,9 +36,9 @@ from vmjob.image.store import Image
 pytestmark = [pytest.mark.e2e, pytest.mark.vm, pytest.mark.timeout(600)]
 
 #: Rounds of each job; ten take about a second. Those that are aborted are never at their end.
-JOBS = {"suspended": 150, "while made": 60, "while started": 60, "wrapper killed": 200,
+JOBS = {"suspended": 150, "while made": 60, "while started": 100, "wrapper killed": 200,
         "machine killed": 200, "killed while suspended": 100, "terminated": 200,
-        "two at once": 700, "watched": 40,
+        "two at once": 800, "watched": 60,
         "aborted": 5000, "aborted while made": 5000, "aborted while suspended": 5000}
 #: Those whose machine nobody has frozen yet, MiB.
 MEMORY = {"while made": 272, "aborted while made": 288}
@@ -61,21 +63,34 @@ def templates(root: Path, image_home: Home, default_image: Image) -> Home:
 
 
 @pytest.fixture(scope="module")
-def throttled(root: Path, templates: Home, default_image: Image) -> Iterator[World]:
-    """A client beside the other that lets its job compute half of the time."""
-    with World(root / "throttled", default_image, templates, {"throttled": 300},
-               preferences={"cpu_usage_limit": 50}) as made:
-        made.released("throttled")
-        yield made
+def worlds(root: Path, templates: Home, default_image: Image) -> Iterator[tuple[World, World]]:
+    """Two clients, which take a while to fetch their work: both at once."""
+    both = (World(root / "world", default_image, templates, JOBS, memory=MEMORY,
+                  checkpoint_period=5),
+            World(root / "throttled", default_image, templates, {"throttled": 400},
+                  preferences={"cpu_usage_limit": 50}))
+    with ThreadPoolExecutor() as pool:
+        starting = [pool.submit(each.__enter__) for each in both]
+    with ExitStack() as stack:
+        for each, start in zip(both, starting, strict=True):
+            if start.exception() is None:
+                stack.push(each)
+        for start in starting:
+            start.result()
+        yield both
 
 
 @pytest.fixture(scope="module")
-def here(root: Path, templates: Home, default_image: Image,
-         throttled: World) -> Iterator[World]:
+def here(worlds: tuple[World, World]) -> World:
     """Jobs that wait."""
-    with World(root / "world", default_image, templates, JOBS, memory=MEMORY,
-               checkpoint_period=5) as made:
-        yield made
+    return worlds[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def throttled(worlds: tuple[World, World]) -> World:
+    """A client that lets its job compute half of the time."""
+    worlds[1].released("throttled")
+    return worlds[1]
 
 
 @pytest.fixture(scope="module", autouse=True)

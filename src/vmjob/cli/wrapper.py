@@ -43,7 +43,7 @@ def wrapper(nthreads: float | None, memory_size_mb: float | None, vmimage: int |
     Example:
       cd my-slot && vmjob wrapper --allow-emulation
     """
-    from vmjob.wrapper.carrying import Options
+    from vmjob.wrapper.options import Options
     from vmjob.wrapper.start import wrap
 
     leave(wrap(Options(

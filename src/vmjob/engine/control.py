@@ -95,6 +95,11 @@ class Control:
         """The process that the job's machine is, while tasks run in it."""
         return self._parts[0].machine.pid if self._parts is not None else None
 
+    @property
+    def has_network(self) -> bool:
+        """Whether the job's machine has a network, while tasks run in it."""
+        return self._parts is not None and self._parts[0].machine.spec.network != "none"
+
     def traffic(self) -> tuple[int, int]:
         """Bytes that the job's machine has sent and received; 0 while no tasks run."""
         return self._parts[0].machine.traffic() if self._parts is not None else (0, 0)

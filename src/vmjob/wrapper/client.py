@@ -38,8 +38,6 @@ class ClientGrid(Quiet):
         self._log = log
         self._messages = MOST_MESSAGES
         self.streams = {"stdout": Tail(TAIL), "stderr": Tail(TAIL)}
-        #: By the job's own word, 0 to 1; None: it has said nothing.
-        self.fraction = totals.fraction
         #: Phase of the job's life; and the last one before its end.
         self.current = self.failed_in = ""
         self.title = ""
@@ -65,7 +63,7 @@ class ClientGrid(Quiet):
             self._log.line(f"the job says: {text}")
 
     def fraction_done(self, fraction: float) -> None:
-        self.fraction = self._totals.fraction = fraction
+        self._totals.fraction = fraction
 
     def checkpoint(self, number: int, still_seconds: float, written_bytes: int) -> None:
         """Told to the client by a change of the processor time at the last one."""

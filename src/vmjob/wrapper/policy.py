@@ -64,7 +64,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def asking_for_emulation(self, error: AcceleratorUnusable,
                              allowed: frozenset[str]) -> AcceleratorUnusable:
-        """The error in the words that a volunteer gets to read, of which 255 bytes are shown.
+        """The error in the words that a volunteer gets to read, of which 240 bytes are shown.
 
         ``allowed``: what was. Emulation is offered unless the owner has spoken of it already.
         """
@@ -72,7 +72,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return error
         mending = "" if "vmjob doctor" in error.advice else f"{error.advice} "
         return AcceleratorUnusable(
-            "hardware support for virtual machines does not work here",
+            "virtual machines have no hardware support here",
             advice=f'{mending}To allow emulation (slow), write accelerators = ["kvm", "tcg"] into '
                    f"{FILE} in BOINC's directory.", why=error.message)
 

@@ -25,8 +25,9 @@ from vmjob.grid.boinc.exitcodes import (
 from vmjob.grid.boinc.files import write_temporary_exit
 from vmjob.home import remove_tree
 from vmjob.wrapper import contents, report
-from vmjob.wrapper.carrying import FAILED, QUIT_DEADLINE, Carrier, Left, Options
+from vmjob.wrapper.carrying import FAILED, QUIT_DEADLINE, SLOT, Carrier, Left
 from vmjob.wrapper.log import Log
+from vmjob.wrapper.options import Options
 from vmjob.wrapper.outcome import FIRST, Finish, Outcome, Postpone, delay
 
 __all__ = ["wrap"]
@@ -95,14 +96,14 @@ class _Process:
         if outcome is None:
             return self._left(carrier)
         if isinstance(outcome, Finish) and outcome.code == 0 and not self._runtime.standalone:
-            for name in contents.missing_outputs(carrier.where):
+            for name in contents.missing_outputs(carrier.ground.where):
                 self._log.line(f"warning: the job made no {name!r}; if the project wants it, the "
                                "client fails the job")
         failed = not isinstance(outcome, Finish) or outcome.code != 0
         console = report.console_of(carrier.slot / FAILED) if failed else ""
         remove_tree(carrier.slot / FAILED)
         self._log.conclude(report.sections(
-            outcome, carrier.record, carrier.error, carrier.grid.failed_in, carrier.totals,
+            outcome, carrier.record, carrier.error, carrier.grid.failed_in, carrier.accounts.kept,
             carrier.streams(), console, carrier.facts))
         try:
             if isinstance(outcome, Finish):
@@ -142,8 +143,7 @@ class _Process:
         unexpected = VmjobError(f"unexpected: {type(error).__name__}: {error}{where}",
                                 advice="This is a bug of vmjob: please report it.")
         carrier.error = unexpected.as_dict()
-        before = carrier.totals.faults.get(unexpected.code, 0)
-        carrier.count(unexpected.code)
+        before = carrier.accounts.fault(unexpected.code)
         if before >= MOST_ACCIDENTS:
             return Finish(EXIT_CHILD_FAILED)
         return Postpone(delay(before), unexpected.message)
@@ -152,7 +152,7 @@ class _Process:
         """End the process in time, whatever its loop and its threads wait for."""
         def leave() -> None:
             if why is Left.ABORT:
-                remove_tree(self._directory / "vmjob")
+                remove_tree(self._directory / SLOT)
             os._exit(EXIT_ABORTED_BY_CLIENT if why is Left.ABORT else 0)
 
         timer = threading.Timer(AT_ONCE if why in (Left.ABORT, Left.CLIENT_GONE) else IN_TIME,

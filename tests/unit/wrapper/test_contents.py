@@ -23,7 +23,7 @@ from vmjob.home import Home
 from vmjob.host.facts import Memory
 from vmjob.job.model import Job, Network
 from vmjob.job.reading import Surroundings
-from vmjob.wrapper import carrying, contents
+from vmjob.wrapper import contents, ground
 from vmjob.wrapper.policy import Policy
 
 TOML = """
@@ -142,10 +142,10 @@ def test_a_shared_project_keeps_our_own_files_from_the_job(slot: Slot) -> None:
 def test_a_job_waits_for_memory_and_disk_that_are_not_there(
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_memory: int, free_disk: int,
         error: type[VmjobError] | None) -> None:
-    monkeypatch.setattr(carrying, "memory", lambda: Memory(1 << 40, free_memory << 20))
-    monkeypatch.setattr(carrying, "disk_free", lambda path: free_disk << 20)
+    monkeypatch.setattr(ground, "memory", lambda: Memory(1 << 40, free_memory << 20))
+    monkeypatch.setattr(ground, "disk_free", lambda path: free_disk << 20)
     with pytest.raises(error) if error else contextlib.nullcontext():
-        carrying.check_room(Job(tasks=(), memory_mb=512), tmp_path)
+        ground.check_room(Job(tasks=(), memory_mb=512), tmp_path)
 
 
 @pytest.mark.parametrize(("ncpus", "option", "policy", "expected"), [

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmjob.errors import AcceleratorUnusable, PolicyForbids, PolicyInvalid
+from vmjob.grid.boinc.files import MAX_LINE
+from vmjob.grid.boinc.messages import one_line
 from vmjob.job.model import Job, Network, Task
 from vmjob.wrapper.policy import ACCELERATORS, Policy, read
 
@@ -47,13 +49,14 @@ def test_accelerators_of_the_policy_are_all_that_may_be_used(tmp_path: Path) -> 
 def test_who_was_not_asked_about_emulation_is_told_how_to_allow_it() -> None:
     because = "no accelerator works here (kvm: " + "x" * 300 + ")"
     found = Policy().asking_for_emulation(AcceleratorUnusable(because), frozenset({"kvm"}))
-    shown = f"{found.message}. {found.advice}".encode()[:255].decode()  # what the client shows
+    shown = one_line(f"{found.message}. {found.advice}", MAX_LINE)  # what the client is told
     assert 'accelerators = ["kvm", "tcg"] into vmjob_policy.toml' in shown
     assert found.context["why"] == because
     mend = "Add the user that runs this (boinc) to the group kvm, and restart what started it."
     found = Policy().asking_for_emulation(AcceleratorUnusable(because, advice=mend), frozenset())
-    assert f"{found.message}. {found.advice}".startswith(
-        f"hardware support for virtual machines does not work here. {mend} To allow emulation")
+    said = f"{found.message}. {found.advice}"
+    assert said.startswith(f"virtual machines have no hardware support here. {mend} To allow")
+    assert one_line(said, MAX_LINE) == said
 
 
 def test_who_has_spoken_of_emulation_is_not_told_of_it() -> None:

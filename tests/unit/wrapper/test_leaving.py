@@ -1,0 +1,70 @@
+"""A job that has to leave is kept first, whatever else the client says meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmjob.engine.control import Control
+from vmjob.engine.session import beside
+from vmjob.grid.boinc import Event, Quit, Resume, Runtime, Suspend
+from vmjob.wrapper.carrying import Carrier, Options
+from vmjob.wrapper.log import Log
+from vmjob.wrapper.orders import Orders
+
+pytestmark = pytest.mark.anyio
+
+#: Seconds; nothing here waits for anything but the loop's next turn.
+DEADLINE = 10.0
+
+
+class Standing(Control):
+    """A machine that stands still, or does not; what is kept while it stands is never finished."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stands = self.kept = False
+
+    async def suspend(self) -> bool:
+        await asyncio.sleep(0)
+        self.stands = True
+        return True
+
+    async def resume(self) -> None:
+        await asyncio.sleep(0)
+        self.stands = False
+
+    async def checkpoint(self, deadline: float) -> None:
+        for _ in range(5):  # as many turns as others may need to say their word
+            await asyncio.sleep(0)
+        self.kept = not self.stands
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
+    with Runtime.open(tmp_path) as runtime:
+        yield runtime
+
+
+@pytest.mark.parametrize("said", [
+    [Quit()], [Suspend(), Quit()], [Suspend(), Resume(), Quit()], [Quit(), Suspend()],
+    [Resume(), Suspend(), Quit(), Suspend()]])
+@pytest.mark.parametrize("obeyed_at_once", [True, False])
+async def test_a_machine_is_kept_before_it_ends(runtime: Runtime, tmp_path: Path,
+                                                said: list[Event], obeyed_at_once: bool) -> None:
+    carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
+    carrier._control = control = Standing()
+    carrier._orders = Orders(control, None)
+    carrier._work = work = asyncio.ensure_future(asyncio.sleep(DEADLINE))  # type: ignore[assignment]
+    async with beside(carrier._orders.obey()):
+        await asyncio.sleep(0)
+        for each in said:
+            carrier._hear(each)
+            for _ in range(3 * obeyed_at_once):
+                await asyncio.sleep(0)
+        await asyncio.wait([work])
+    assert work.cancelled()
+    assert control.kept
