@@ -142,7 +142,7 @@ def cause(result: Result) -> str:
 @pytest.mark.parametrize(("word", "reason"), [
     ("big", "the job needs 1024 MiB of memory; at most 600 are allowed"),
     ("online", "the job needs the network, which is not allowed"),
-    ("slow", "virtual machines have no hardware support here")])
+    ("slow", "hardware virtualization does not work here")])
 def test_what_the_owner_does_not_allow_is_postponed_and_he_is_told_why(
         run: Run, project: Project, word: str, reason: str) -> None:
     name = run.names[word]
