@@ -31,8 +31,8 @@ WORKER = Path(__file__).parents[2] / "examples" / "worker" / "worker.py"
 TARS = ("cctools-2_5_2-i686-linux-2.6.tar", "apache-activemq-5.2.0.tar", "boincvm.tar")
 #: Jobs that are there at once, besides those that are there for something else.
 TEN = 10
-#: Of ``lib/error_numbers.h`` and ``lib/common_defs.h``. What the client has ended is a compute error,
-#: or aborted where that was reported before the client had seen the process end.
+#: Of ``lib/error_numbers.h`` and ``lib/common_defs.h``. What the client has ended is a compute
+#: error, or aborted where that was reported before the client had seen the process end.
 TIME_LIMIT, ENDED = 197, {3, 6}
 
 VBOX = """\
