@@ -20,6 +20,7 @@ from vmjob.job.links import exists, read_bounded, resolved
 from vmjob.job.logical import resolve
 from vmjob.job.mailbox import mailbox
 from vmjob.job.markup import MAX_BYTES, Element, parse, shown
+from vmjob.job.model import LEAST_MEMORY_MB as LEAST_OF_ANY_MB
 from vmjob.job.model import (
     MAILBOX_HALF,
     MOST_MEMORY_MB,
@@ -377,7 +378,7 @@ def _duration_file(given: _Given, where: Surroundings, findings: list[Finding]) 
 
 def _memory(given: _Given, where: Surroundings, findings: list[Finding]) -> int:
     if where.memory_mb is not None:
-        return max(LEAST_MEMORY_MB, math.ceil(where.memory_mb))
+        return max(LEAST_OF_ANY_MB, math.ceil(where.memory_mb))
     wanted = given.number("memory_size_mb")
     if "memory_size_mb" not in given.lines:
         _add(findings, Level.WARNING, 0, "memory-missing",

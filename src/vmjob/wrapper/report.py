@@ -60,7 +60,6 @@ def _summary(outcome: Outcome, record: Record | None, error: dict[str, Any] | No
     if error is not None:
         lines += [f"what to do:  {error['advice']}",
                   f"retry:       {'may help' if error['retryable'] else 'will not help'}"]
-    if not isinstance(outcome, Finish) or outcome.code != 0:
         lines.append(f"phase:       {phase or 'start'}")
     guest = 0.0
     if record is not None:

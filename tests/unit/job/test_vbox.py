@@ -272,7 +272,8 @@ def test_the_wrappers_command_line_wins_over_the_file() -> None:
     where = replace(NOWHERE, memory_mb=2000.5, cpus=4)
     job = job_of("", where)
     assert (job.memory_mb, job.cpus) == (2001, 4)
-    assert job_of("", replace(where, memory_mb=100)).memory_mb == 512
+    assert job_of("", replace(where, memory_mb=200)).memory_mb == 200
+    assert job_of("", replace(where, memory_mb=100)).memory_mb == 128
 
 
 def test_a_file_without_memory_gets_the_least_and_a_warning() -> None:
