@@ -32,7 +32,7 @@ def pytest_runtest_makereport(
         call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        for fixture in item.funcargs.values():
-            if isinstance(fixture, Project):
-                report.sections += list(fixture.explanation())
+        found = [getattr(fixture, "project", fixture) for fixture in item.funcargs.values()]
+        for project in {id(each): each for each in found if isinstance(each, Project)}.values():
+            report.sections += list(project.explanation())
     return report

@@ -101,18 +101,14 @@ class Project:
         (place / job_name).write_text(job)
         made = package(self.root / "apps", app=name, number="1.00", job=place / job_name,
                        image=self.image, key=_KEY, inputs=inputs, copied=copied,
+                       file_prefix=file_prefix,
                        files={logical: self._file(place / logical, each)
                               for logical, each in (files or {}).items()})
         directory = made.version.directory
         assert directory is not None
-        described = directory / "version.xml"
-        text = described.read_text()
-        if file_prefix:
-            text = text.replace("</version>",
-                                f"<file_prefix>{file_prefix}</file_prefix>\n</version>")
         if not needs_network:
-            text = re.sub(r"<needs_network.*\n", "", text)
-        described.write_text(text)
+            described = directory / "version.xml"
+            described.write_text(re.sub(r"<needs_network.*\n", "", described.read_text()))
         self.server.add_version(directory)
 
     def add(self, app: str, inputs: Mapping[str, str | bytes | Path] | None = None,

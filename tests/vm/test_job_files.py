@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import lend
+from tests.conftest import eventually, lend, session_processes
 from tests.vm.test_foreign import disk
 from vmjob.home import Home
 from vmjob.image.store import Image
@@ -300,6 +300,47 @@ def test_a_job_may_be_a_whole_disk(tmp_path: Path) -> None:
     assert "[time-limit]" in run(tmp_path / "late.toml", expect=125).stderr
     run(tmp_path / "over.toml")
     assert not list(tmp_path.glob("own.vdi.*"))
+
+
+def test_a_disk_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path,
+                                                           vm_home: Home) -> None:
+    """Each letter comes from the one before, which is on the disk and in memory."""
+    disk(tmp_path / "own.qcow2", after="@", kind="qcow2")
+    write(tmp_path, job__toml='memory_mb = 128\n[hardware]\ndisk = "own.qcow2"\n')
+    slot = tmp_path / "slot"
+    with subprocess.Popen(command("--slot", slot, "--checkpoint-every", "1", "--events",
+                                  tmp_path / "events", tmp_path / "job.toml"),
+                          stdout=subprocess.DEVNULL) as process:
+        assert eventually(lambda: any(each["event"] == "checkpoint"
+                                      for each in events(tmp_path / "events")))
+        process.kill()
+    resumed = subprocess.run([sys.executable, "-m", "vmjob", "run", "--resume", slot],
+                             check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    letters = "".join(each for each in resumed.stdout if each.isupper())
+    assert letters
+    assert "ABCDEFGHIJKLMNOPQRSTUVWXYZ".endswith(letters)
+    assert len(letters) < 26
+    assert events(tmp_path / "events")[-1]["event"] == "finished"
+    assert not session_processes(vm_home.root)
+
+
+@pytest.mark.usefixtures("vm_home")
+def test_a_disk_that_cannot_be_kept_runs_and_says_so(tmp_path: Path) -> None:
+    disk(tmp_path / "own.vdi", after="R", kind="vdi")
+    write(tmp_path, job__toml='memory_mb = 128\n[hardware]\ndisk = "own.vdi"\n')
+    done = run("--slot", tmp_path / "slot", "--checkpoint-every", "1", tmp_path / "job.toml")
+    assert done.stderr.count("VDI cannot be kept") == 1
+    assert "Z" in done.stdout
+
+
+@pytest.mark.usefixtures("vm_home")
+def test_a_disk_has_the_screen_and_the_picture_that_it_asks_for(tmp_path: Path) -> None:
+    disk(tmp_path / "own.vdi", after="@", kind="vdi")
+    write(tmp_path, job__toml='memory_mb = 128\ntime_limit = 2\n[hardware]\n'
+          'disk = "own.vdi"\ndisplay = true\nscreenshot = "screen.png"\n')
+    said = run(tmp_path / "job.toml", expect=125).stderr
+    assert "vnc://127.0.0.1:" in said
+    assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
 
 
 # -- our own examples --------------------------------------------------------------------------

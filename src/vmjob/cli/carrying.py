@@ -195,10 +195,13 @@ def _take_slot(stack: contextlib.ExitStack, job: Job | None,
         job.check()
         if not slot.has_job:
             _keep_input(how.stdin, slot.root / STDIN)
-        slot.begin(Asked(job, how.accel, how.cpu, how.every))
+        # Not stdout: whoever continues it wants to see the job's own there, or not.
+        events = None if how.events in (None, "-") else str(Path(how.events).absolute())
+        slot.begin(Asked(job, how.accel, how.cpu, how.every, events, how.remote_ports))
     asked = slot.asked()
     stdin = slot.root / STDIN
     how = replace(how, accel=asked.accel, cpu=asked.cpu, every=asked.checkpoint_every,
+                  events=how.events or asked.events, remote_ports=asked.remote_ports,
                   stdin=str(stdin) if stdin.exists() else "none")
     return slot, asked.job, how, slot.result()
 

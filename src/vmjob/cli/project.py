@@ -68,14 +68,16 @@ def project() -> None:
 @click.option("--copy", "copied", multiple=True, metavar="LOGICAL",
               help="Copy this one into each slot instead of linking it (repeatable).")
 @inputs_option
+@click.option("--file-prefix", default="", metavar="DIR",
+              help="Directory of the slot that workunits' files are in, as `shared`.")
 @click.option("--key", type=file_type, metavar="FILE", help="Sign with this private key.")
 @click.option("--output", type=file_type, default=Path("apps"), show_default=True, metavar="DIR",
               help="Where APP/VERSION/PLATFORM__PLANCLASS goes.")
 @as_json_option
 def package(app: str, number: str, platform: str, plan_class: str, job_file: Path, image: str,
             wrapper: Path | None, qemu: Path | None, files: tuple[str, ...],
-            copied: tuple[str, ...], inputs: tuple[str, ...], key: Path | None, output: Path,
-            as_json: bool) -> None:
+            copied: tuple[str, ...], inputs: tuple[str, ...], file_prefix: str, key: Path | None,
+            output: Path, as_json: bool) -> None:
     """Make an app version: a directory for a project's apps/, or for serve-dev.
 
     The job file is checked first; with errors nothing is made.
@@ -93,7 +95,7 @@ def package(app: str, number: str, platform: str, plan_class: str, job_file: Pat
         made = packages.package(
             output, app=app, number=number, job=job_file, image=found, platform=platform,
             plan_class=plan_class, wrapper=wrapper, qemu=qemu, files=more,
-            copied=copied, inputs=inputs, key=private)
+            copied=copied, inputs=inputs, file_prefix=file_prefix, key=private)
     version = made.version
     limits = templates.bounds(made.job, image_bytes=found.manifest.total_size if found else 0)
     if as_json:

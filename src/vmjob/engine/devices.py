@@ -10,13 +10,14 @@ from vmjob.engine.session import Session
 from vmjob.errors import VmjobError
 from vmjob.grid.contract import Grid
 from vmjob.job.model import Hardware, Job
+from vmjob.machine.contract import Machine
 
 __all__ = ["fill_mailbox", "read_mailbox", "show_screen", "take_picture"]
 
 
-def show_screen(session: Session, job: Job, grid: Grid) -> None:
+def show_screen(machine: Machine, job: Job, grid: Grid) -> None:
     """Tell where the machine's screen can be seen; another process of it has another password."""
-    address = session.machine.console_address()
+    address = machine.console_address()
     grid.address("console", f"vnc://{address.host}:{address.port}, password {address.password}")
     announce("console", address.port, job, grid)
 
@@ -36,10 +37,10 @@ async def read_mailbox(session: Session, hardware: Hardware, grid: Grid, *,
             grid.message(f"mailbox: {note.decode('utf-8', 'replace')}")
 
 
-async def take_picture(session: Session, path: Path, grid: Grid) -> None:
+async def take_picture(machine: Machine, path: Path, grid: Grid) -> None:
     """Keep what is on the screen of a job that failed; if that fails too, it is no matter."""
     try:
-        await session.machine.screenshot(path)
+        await machine.screenshot(path)
         grid.warning(f"a picture of the machine's screen is in {path}")
     except VmjobError as error:
         grid.warning(f"no picture of the machine's screen: {error.message}")

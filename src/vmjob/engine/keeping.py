@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -16,7 +17,6 @@ import anyio.to_thread
 from vmjob.engine.generations import DIGITS, Draft, Generation, Generations
 from vmjob.engine.ownership import held
 from vmjob.engine.progress import Progress
-from vmjob.engine.session import Session
 from vmjob.errors import (
     CheckpointUnusable,
     GuestError,
@@ -28,9 +28,9 @@ from vmjob.home import Home
 from vmjob.host.facts import processor
 from vmjob.host.priority import lower_disk_priority
 from vmjob.host.unbroken import unbroken
-from vmjob.machine.contract import EndReason, MachineSpec
+from vmjob.machine.contract import EndReason, Machine, MachineSpec
 
-__all__ = ["continued", "keep", "turn"]
+__all__ = ["Kept", "continued", "keep", "turn"]
 
 #: Seconds for which a checkpoint waits for another machine's.
 TURN_DEADLINE = 30.0
@@ -41,7 +41,20 @@ MIB = 1 << 20
 LINK_PROBE = "link.new"
 
 
-async def keep(generations: Generations, session: Session, progress: Callable[[], Progress],
+class Kept(Protocol):
+    """A machine that is kept: a `Session`, or one without an agent."""
+
+    @property
+    def machine(self) -> Machine: ...
+
+    @property
+    def driver_name(self) -> str: ...
+
+
+S = TypeVar("S")
+
+
+async def keep(generations: Generations, session: Kept, progress: Callable[[], Progress],
                settle: Callable[[], Awaitable[None]], room: int | None) -> Generation:
     """Make the newest generation of a running machine, which goes on.
 
@@ -53,7 +66,7 @@ async def keep(generations: Generations, session: Session, progress: Callable[[]
         return await _keep(generations, session, progress, settle, room)
 
 
-async def _keep(generations: Generations, session: Session, progress: Callable[[], Progress],
+async def _keep(generations: Generations, session: Kept, progress: Callable[[], Progress],
                 settle: Callable[[], Awaitable[None]], room: int | None) -> Generation:
     spec = session.machine.spec
     _check_room(generations, spec, room)
@@ -76,8 +89,8 @@ async def _keep(generations: Generations, session: Session, progress: Callable[[
 
 async def continued(
         stack: contextlib.AsyncExitStack, generations: Generations, shape: MachineSpec,
-        open_one: Callable[[MachineSpec], AbstractAsyncContextManager[Session]],
-        warn: Callable[[str], None]) -> tuple[Session, Generation] | None:
+        open_one: Callable[[MachineSpec], AbstractAsyncContextManager[S]],
+        warn: Callable[[str], None]) -> tuple[S, Generation] | None:
     """A machine that goes on from the newest generation that is good; None when none is.
 
     What is wrong with others is told to ``warn``; newer ones are removed once it runs, not before.

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Literal
 import anyio
 
 from vmjob.engine.record import Record
+from vmjob.errors import HostDiskFull
 from vmjob.grid.contract import Grid
 from vmjob.job.model import Job
 
 if TYPE_CHECKING:
     from vmjob.engine.slot import Streams
 
-__all__ = ["Output"]
+__all__ = ["Output", "mark_duration"]
+
+#: What stands in that file: vboxwrapper's words, in case somebody compares them.
+DURATION_OVER = "Work Unit completed.\n"
 
 
 class Output:
@@ -59,3 +63,17 @@ class Output:
         seen = self.position
         self._record.stdout_bytes, self._record.stderr_bytes = seen["stdout"], seen["stderr"]
         self._record.discarded_bytes = sum(max(0, each - self._limit) for each in seen.values())
+
+
+def mark_duration(job: Job) -> None:
+    """Write the file that says that the job's duration is over; raises `HostDiskFull`."""
+    if job.duration_file is None:
+        return
+    try:
+        beside = job.duration_file.with_name(f"{job.duration_file.name}.new")
+        beside.unlink(missing_ok=True)  # a link there would lead elsewhere
+        with beside.open("x", encoding="ascii") as file:
+            file.write(DURATION_OVER)
+        beside.replace(job.duration_file)
+    except OSError as error:
+        raise HostDiskFull(f"cannot write {job.duration_file}: {error.strerror}") from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vmjob.engine.session import Session
 from vmjob.errors import PortTaken
 from vmjob.grid.contract import Grid
 from vmjob.job.model import Job, Network
+from vmjob.machine.contract import Machine
 
 __all__ = ["announce", "open_ports"]
 
@@ -34,7 +34,7 @@ def announce(what: Literal["web", "console"], port: int, job: Job, grid: Grid) -
         grid.warning(f"cannot write {job.announce / name}: {error.strerror}")
 
 
-async def open_ports(session: Session, job: Job, grid: Grid, *, remote: bool) -> None:
+async def open_ports(machine: Machine, job: Job, grid: Grid, *, remote: bool) -> None:
     """Open what the job asks for, and tell where it is; for other computers only with ``remote``.
 
     A port that somebody else has is replaced by one that is free: two jobs of one kind ask for the
@@ -49,12 +49,11 @@ async def open_ports(session: Session, job: Job, grid: Grid, *, remote: bool) ->
             grid.warning(f"port {forward.guest_port} of the job is opened for this computer only; "
                          "--allow-remote-ports opens it for others")
         try:
-            port = await session.machine.forward(forward.host_port, forward.guest_port,
-                                                 remote=anywhere)
+            port = await machine.forward(forward.host_port, forward.guest_port, remote=anywhere)
         except PortTaken:
             if not forward.host_port:
                 raise
-            port = await session.machine.forward(0, forward.guest_port, remote=anywhere)
+            port = await machine.forward(0, forward.guest_port, remote=anywhere)
             grid.warning(f"port {forward.host_port} of this computer is taken; the job's port "
                          f"{forward.guest_port} is at {port}")
         if forward.web:

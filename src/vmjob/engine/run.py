@@ -17,7 +17,7 @@ from vmjob.engine.clock import Pace, RunClock
 from vmjob.engine.control import Control
 from vmjob.engine.devices import fill_mailbox, read_mailbox, show_screen, take_picture
 from vmjob.engine.life import Life, State
-from vmjob.engine.output import Output
+from vmjob.engine.output import Output, mark_duration
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.work import Work
@@ -103,11 +103,12 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 hardware = request.job.hardware
                 isolated = request.driver.capabilities.isolated
                 if hardware.display:
-                    show_screen(session, request.job, grid)
+                    show_screen(session.machine, request.job, grid)
                 if request.job.forwards:
                     from vmjob.engine.ports import open_ports
 
-                    await open_ports(session, request.job, grid, remote=request.remote_ports)
+                    await open_ports(session.machine, request.job, grid,
+                                     remote=request.remote_ports)
                 sharing = _sharing(session, request, grid, generation)
                 if generation is None:
                     life.enter(State.INPUTS)
@@ -121,18 +122,20 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                                      sharing)
                 except JobError:
                     if hardware.screenshot is not None:
-                        await take_picture(session, hardware.screenshot, grid)
+                        await take_picture(session.machine, hardware.screenshot, grid)
                     if sharing is not None:  # what there is of its files explains the failure
                         with contextlib.suppress(VmjobError):
                             await sharing.collect()
                     raise
                 if record.exit_code != 0 and hardware.screenshot is not None:
-                    await take_picture(session, hardware.screenshot, grid)
+                    await take_picture(session.machine, hardware.screenshot, grid)
                 life.enter(State.OUTPUTS)
                 await read_mailbox(session, hardware, grid, isolated=isolated)
                 if sharing is not None:
                     await sharing.collect()
                 await _get_outputs(session, request.job, grid, record)
+                if record.tasks and record.tasks[-1].ended_by == "duration":
+                    mark_duration(request.job)
             session.failed = record.exit_code != 0
             life.enter(State.END)
             if session.failed and request.keep is not None:
@@ -224,11 +227,11 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
         work = Work(session, job, grid, record, output, clock, progress)
         checkpointer = None
         if survival is not None and streams is not None:
-            from vmjob.engine.checkpointing import Checkpointer
+            from vmjob.engine.checkpointing import Checkpointer, Tasks
 
-            checkpointer = Checkpointer(home, survival.slot, session, work, output, streams, clock,
-                                        life, grid, survival.disk_limit,
-                                        sharing.known if sharing else dict)
+            tasks = Tasks(work, output, streams, sharing.known if sharing else dict)
+            checkpointer = Checkpointer(home, survival.slot, session, tasks, clock, life, grid,
+                                        survival.disk_limit)
         clock.go()
         async with contextlib.AsyncExitStack() as helpers:
             await helpers.enter_async_context(

@@ -52,12 +52,14 @@ T = TypeVar("T")
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What a slot's job was asked for with."""
+    """What a slot's job was asked for with; ``events``: the file that they are appended to."""
 
     job: Job
     accel: str = "auto"
     cpu: str = "host"
     checkpoint_every: float | None = None
+    events: str | None = None
+    remote_ports: bool = False
 
 
 class AskedMachine(msgspec.Struct, frozen=True):

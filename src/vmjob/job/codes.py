@@ -52,7 +52,6 @@ CODES = {
     "port-taken": "A port of this computer is wished for; when it is taken, another one is used.",
     "bridged": "NAT is used in place of bridged networking.",
     "remote-desktop": "The screen is shown by VNC, on this computer, with a password.",
-    "cern-output": "The file `output` is not written when the duration is over.",
     "rare-checkpoints": "Checkpoints more than a day apart.",
     "memory-missing": "The file does not say how much memory the job needs.",
     "memory-raised": "Less memory than the least of this kind of job.",

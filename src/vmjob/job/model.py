@@ -162,6 +162,7 @@ class Job:
     which knows what to do. ``checkpoint_every``: seconds of run time between
     checkpoints where there is a slot; None: whatever the caller chooses; 0: none but the last one.
     ``trickle_every``: seconds of run time between trickles that tell the run time; None: none.
+    ``duration_file``: a file that is written when ``duration`` is over, for who waits for it.
     """
 
     tasks: tuple[Task, ...]
@@ -186,6 +187,7 @@ class Job:
     announce: Path | None = None
     hardware: Hardware = Hardware()
     packages: tuple[Path, ...] = ()
+    duration_file: Path | None = None
 
     @property
     def tells_its_fraction(self) -> bool:

@@ -13,9 +13,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmjob.errors import BadPath
 from vmjob.job import values
 from vmjob.job.files import Folder
 from vmjob.job.links import exists, read_bounded, resolved
+from vmjob.job.logical import resolve
 from vmjob.job.mailbox import mailbox
 from vmjob.job.markup import MAX_BYTES, Element, parse, shown
 from vmjob.job.model import (
@@ -72,6 +74,8 @@ NOT_SHARED = (
     "vbox_replay.txt", "vbox_screenshot.png", "vm_image*.vdi", "vm_cache.vdi",
     "vm_isocontext.iso", "vm_floppy*.img")
 
+#: The name that vboxwrapper gives to the file at the end of a duration.
+OUTPUT = "output"
 #: The name that vboxwrapper gives to the picture.
 SCREENSHOT = "vbox_screenshot.png"
 #: The mode of a program is lost where a file went through a project's server; /bin/sh also runs a
@@ -315,9 +319,6 @@ def _ways(given: _Given, findings: list[Finding]) -> None:
         _add(findings, Level.NOTE, given.lines["enable_graphics_support"], "no-status-file",
              "graphics_status.xml is written where the BOINC client runs the job and the "
              "application has a graphics_app; `vmjob job run --events` tells the same")
-    if given.on("enable_cern_dataformat") and given.number("job_duration"):
-        _add(findings, Level.NOTE, given.lines["enable_cern_dataformat"], "cern-output",
-             "no file 'output' is written into the slot when the duration is over")
     interval = given.number("minimum_checkpoint_interval")
     if interval > RARE and not given.on("disable_automatic_checkpoints"):
         _add(findings, Level.NOTE, given.lines["minimum_checkpoint_interval"], "rare-checkpoints",
@@ -354,11 +355,24 @@ def _job(given: _Given, where: Surroundings, findings: list[Finding]) -> Job:
         folders=_folders(given, where, findings),
         triggers=triggers,
         duration=given.number("job_duration") or None,
+        duration_file=_duration_file(given, where, findings),
         checkpoint_every=0.0 if given.on("disable_automatic_checkpoints") else interval,
         forwards=tuple(given.forwards) if network else (),
         announce=(where.directory if hardware.display or any(
             forward.web for forward in given.forwards) else None),
         hardware=hardware)
+
+
+def _duration_file(given: _Given, where: Surroundings, findings: list[Finding]) -> Path | None:
+    """CERN's projects wait for a file `output` of the slot, or what its link names."""
+    if not given.on("enable_cern_dataformat") or not given.number("job_duration"):
+        return None
+    try:
+        return resolve(OUTPUT, where)
+    except BadPath as error:
+        _add(findings, Level.ERROR, given.lines["enable_cern_dataformat"], "bad-link",
+             error.message)
+        return None
 
 
 def _memory(given: _Given, where: Surroundings, findings: list[Finding]) -> int:

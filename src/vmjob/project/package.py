@@ -52,19 +52,23 @@ class Package:
 def package(output: Path, *, app: str, number: str, job: Path, image: Image | None,
             platform: str = PLATFORM, plan_class: str = PLAN_CLASS, wrapper: Path | None = None,
             qemu: Path | None = None, files: Mapping[str, Path] | None = None,
-            copied: Collection[str] = (), inputs: Collection[str] = (),
+            copied: Collection[str] = (), inputs: Collection[str] = (), file_prefix: str = "",
             key: signing.PrivateKey | None = None) -> Package:
     """Make ``output``/APP/NUMBER/PLATFORM__PLANCLASS.
 
     ``number``: the version, as ``1.00``. ``files``: logical name -> file; those in ``copied`` are
     copied into each slot, where the others are links. ``inputs``: logical names that workunits
-    bring, so the linter takes them as given. Without a ``wrapper``, the main program is a script
+    bring, so the linter takes them as given; they and the outputs are below ``file_prefix`` of the
+    slot, if there is one. Without a ``wrapper``, the main program is a script
     that starts this very Python. Raises `JobFileInvalid`, `PackageInvalid`, `InputMissing`.
     """
     files = dict(files or {})
     if unknown := set(copied) - files.keys():
         raise PackageInvalid(f"{min(unknown)!r} is to be copied, but is none of the files",
                              advice="Give it with --file LOGICAL=PATH, too.")
+    if file_prefix:
+        names.check_logical(file_prefix)
+        inputs = [f"{file_prefix}/{each}" for each in inputs]
     reading = check_job(job, {**files, **dict.fromkeys(inputs)})
     assert reading.job is not None
     names.check_app(app)
@@ -92,7 +96,7 @@ def package(output: Path, *, app: str, number: str, job: Path, image: Image | No
     if key is None:
         warnings.append("nothing is signed: a project's clients take signed files only (--key)")
     made = version.build(output, sources, app=app, version=number, platform=platform,
-                         plan_class=plan_class, key=key,
+                         plan_class=plan_class, key=key, file_prefix=file_prefix,
                          needs_network=reading.job.network is not Network.NONE)
     return Package(made, reading.job, reading.findings, tuple(warnings))
 

@@ -77,8 +77,9 @@ CLASSES = (
     PlanClass("vmjob_mt", "The same with several processors.", preference=PREFERENCE,
               threads=MAX_THREADS, flops_scale=EMULATED),
     # A class asks for all features that it names, so Intel's and AMD's are two.
-    PlanClass("vmjob_vmx", "Processors of Intel that can virtualize; no preference is asked, and "
-              "emulation is what remains where the device is not accessible.", features=("vmx",)),
+    PlanClass("vmjob_vmx", "Processors of Intel that can virtualize; no preference is asked. "
+              "Where it does not work all the same, the job waits, and the volunteer is told what "
+              "to do.", features=("vmx",)),
     PlanClass("vmjob_svm", "The same for processors of AMD.", features=("svm",)),
 )
 

@@ -96,7 +96,8 @@ def _here(job: Job, where: Surroundings) -> Job:
     outputs = tuple(replace(each, destination=_file(each.destination, where))
                     for each in job.outputs)
     folders = tuple(_folder(each, where) for each in job.folders)
-    return replace(job, inputs=inputs, outputs=outputs, folders=folders)
+    mark = None if job.duration_file is None else _file(job.duration_file, where)
+    return replace(job, inputs=inputs, outputs=outputs, folders=folders, duration_file=mark)
 
 
 def _file(path: Path, where: Surroundings) -> Path:

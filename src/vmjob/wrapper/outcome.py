@@ -22,6 +22,7 @@ from vmjob.grid.boinc.exitcodes import (
     EXIT_OUT_OF_MEMORY,
     EXIT_TIME_LIMIT_EXCEEDED,
 )
+from vmjob.grid.boinc.files import MAX_LINE
 
 __all__ = ["AGAIN", "Again", "Finish", "Outcome", "Postpone", "of_error", "of_record"]
 
@@ -44,6 +45,17 @@ _CODES: dict[type[VmjobError], int] = {
     errors.JobError: EXIT_CHILD_FAILED,
 }
 _BY_CODE = {kind.code: kind for kind in errors.all_errors()}
+#: What a volunteer can do, where an error's own advice is for somebody at a command line.
+_FOR_VOLUNTEERS: dict[type[VmjobError], str] = {
+    errors.AcceleratorUnusable: "Make it work again as when the task began, or abort the task.",
+    errors.CheckpointNewer: "It goes on with a newer version of the application.",
+    errors.HomeUnusable: "Let the user that BOINC runs as write in BOINC's data directory.",
+    errors.HostDiskFull: "Free some disk space, or let BOINC use more of the disk.",
+    errors.HostMemoryLow: "This computer has too little memory for it: abort the task.",
+    errors.PortTaken: "Close the program that holds it, or wait.",
+    errors.ProcessorChanged: "It goes on when the computer is as before; else abort the task.",
+    errors.SlotUnusable: "Abort the task.",
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def of_error(error: Mapping[str, Any], before: int) -> Outcome:
     if issubclass(kind, errors.Postponed):
         return _asked_for(error)
     if issubclass(kind, errors.HostError):
-        return Postpone(delay(before), f"{error['message']}. {error['advice']}",
+        return Postpone(delay(before), _reason(str(error["message"]), _advice(kind, error)),
                         notice=before == 0 and not issubclass(kind, errors.Busy))
     if issubclass(kind, errors.MachineError | errors.GuestError):
         if before >= MOST_MACHINE_FAULTS:
@@ -100,6 +112,21 @@ def of_error(error: Mapping[str, Any], before: int) -> Outcome:
         if cls in _CODES:
             return Finish(_CODES[cls])
     return Finish(EXIT_CHILD_FAILED)
+
+
+def _reason(message: str, advice: str) -> str:
+    """Both, as long as the client shows it; what is cut is of what happened, not of what to do."""
+    room = max(0, MAX_LINE - len(f". {advice}".encode()))
+    data = message.encode("utf-8", "replace")
+    if len(data) > room:
+        message = data[:max(0, room - 3)].decode("utf-8", "ignore") + "..."
+    return f"{message}. {advice}"
+
+
+def _advice(kind: type[VmjobError], error: Mapping[str, Any]) -> str:
+    """What a volunteer is told to do: what was found for this case, or what is so for its kind."""
+    own = str(error["advice"])
+    return _FOR_VOLUNTEERS.get(kind, own) if own == kind.standing_advice else own
 
 
 def delay(before: int) -> int:

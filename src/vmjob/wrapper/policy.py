@@ -72,8 +72,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return error
         mending = "" if "vmjob doctor" in error.advice else f"{error.advice} "
         return AcceleratorUnusable(
-            "virtual machines have no hardware support here",
-            advice=f'{mending}To allow emulation (slow), write accelerators = ["kvm", "tcg"] into '
+            "hardware virtualization does not work here",
+            advice=f'{mending}For emulation (slow), write accelerators = ["kvm", "tcg"] into '
                    f"{FILE} in BOINC's directory.", why=error.message)
 
     def _forbids(self, what: str) -> PolicyForbids:

@@ -42,7 +42,8 @@ def sections(outcome: Outcome, record: Record | None, error: dict[str, Any] | No
 def cause(outcome: Outcome, record: Record | None, error: dict[str, Any] | None) -> str:
     """One line: what happened."""
     if isinstance(outcome, Postpone):
-        return shown(f"POSTPONED for {outcome.seconds} s: {outcome.reason}")
+        what = error["message"] if error is not None else outcome.reason  # which may be cut
+        return shown(f"POSTPONED for {outcome.seconds} s: {what}")
     code = outcome.code if isinstance(outcome, Finish) else 0
     if code == 0:
         return "SUCCEEDED"

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.anyio
 class Ending:
     """Driver and machine at once: it ends as soon as it has begun."""
 
+    name = "ending"
+    pid = None
     spec = MachineSpec(id="m1", directory=Path("/"), boot=None)
 
     def __init__(self, reason: EndReason) -> None:

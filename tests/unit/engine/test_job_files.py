@@ -150,6 +150,14 @@ async def test_a_fixed_duration_is_the_fraction_done(bench: Bench,
     assert 0.2 <= bench.grid.fractions[0] < 1
 
 
+async def test_a_file_tells_that_the_duration_is_over(bench: Bench) -> None:
+    file = bench.place / "output"
+    await bench.run("true", duration=60.0, duration_file=file)
+    assert not file.exists()
+    await bench.run("sleep 60", duration=0.3, duration_file=file)
+    assert file.read_text() == "Work Unit completed.\n"
+
+
 async def test_the_run_time_is_sent_every_so_often(bench: Bench) -> None:
     await bench.run("sleep 1", trickle_every=0.3)
     assert {variety for variety, _ in bench.grid.trickles} == {"cpu_time"}
@@ -210,4 +218,4 @@ async def test_a_job_on_its_own_disk_is_told_what_it_does_not_get(
     record = await run_foreign(home, Request(job, FakeDriver(), fake_shape, {}), bench.grid)
     assert record.error is not None  # the fake driver boots no disks
     assert [warning.partition(": ")[2] for warning in bench.grid.warnings] == [
-        "folders, forwarded ports, mailbox, screen"]
+        "folders, mailbox"]

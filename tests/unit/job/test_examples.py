@@ -16,7 +16,7 @@ from vmjob.job.languages import read_file
 from vmjob.job.model import Job
 
 ROOT = Path(__file__).parents[3]
-EXAMPLES = sorted(ROOT.glob("examples/*/job.toml"))
+EXAMPLES = sorted([*ROOT.glob("examples/*/job.toml"), ROOT / "examples/boinc/vmjob.toml"])
 
 
 def ids(path: Path) -> str:
@@ -36,8 +36,9 @@ def test_an_example_reads_without_a_finding(path: Path) -> None:
 
 
 def test_every_example_is_in_the_list_and_no_other() -> None:
-    listed = re.findall(r"\]\((\w+)/job\.toml\)", (ROOT / "examples" / "README.md").read_text())
-    assert sorted(listed) == [path.parent.name for path in EXAMPLES]
+    page = (ROOT / "examples" / "README.md").read_text()
+    listed = re.findall(r"\]\((\w+)/(?:vm)?job\.toml\)", page)
+    assert sorted(listed) == sorted(path.parent.name for path in EXAMPLES)
     assert len(EXAMPLES) >= 5
 
 

@@ -467,9 +467,13 @@ def test_checkpoints_more_than_a_day_apart_are_worth_a_note() -> None:
     assert job_of(zero).checkpoint_every is None  # as often as the volunteer likes, not never
 
 
-def test_a_guests_output_at_the_end_of_the_duration_is_not_made_and_said_so() -> None:
+def test_cerns_jobs_leave_a_file_when_their_duration_is_over(tmp_path: Path) -> None:
     body = "<enable_floppyio/><enable_cern_dataformat/><job_duration>9</job_duration>"
-    assert ("note", 4, "cern-output") in found(read(body))
+    where = Surroundings(tmp_path)
+    assert job_of(body, where).duration_file == tmp_path / "output"
+    assert job_of(body.replace("<enable_cern_dataformat/>", ""), where).duration_file is None
+    (tmp_path / "output").write_text("<soft_link>../../../etc/output</soft_link>")
+    assert "bad-link" in str(found(read(body, where)))
 
 
 @pytest.mark.parametrize(("data", "code"), [

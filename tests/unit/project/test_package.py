@@ -94,6 +94,16 @@ def test_a_job_with_a_network_needs_the_clients(tmp_path: Path) -> None:
     assert not packed(tmp_path, plan_class="other").version.needs_network
 
 
+def test_workunits_files_may_be_in_a_directory_of_the_slot(tmp_path: Path) -> None:
+    text = JOB.replace('["in"]', '["shared/in:in"]')
+    with pytest.raises(JobFileInvalid, match="shared/in"):
+        packed(tmp_path, text=text, inputs=["in"])
+    made = packed(tmp_path, text=text, inputs=["in"], file_prefix="shared")
+    assert made.version.file_prefix == "shared"
+    assert "<file_prefix>shared</file_prefix>" in (
+        made.version.main_program.path.with_name("version.xml").read_text())
+
+
 def test_without_a_wrapper_the_script_starts_this_python_and_a_warning_says_so(
         tmp_path: Path) -> None:
     made = packed(tmp_path)

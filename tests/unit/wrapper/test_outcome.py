@@ -72,6 +72,25 @@ def test_faults_of_the_computer_postpone_the_job_twice_as_long_each_time(
     assert [each.notice for each in told if isinstance(each, Postpone)] == [True] + [False] * 9
 
 
+def test_a_volunteer_is_told_nothing_of_options_and_variables() -> None:
+    for kind in all_errors():
+        outcome = of_error(kind("it is so").as_dict(), 0)
+        if isinstance(outcome, Postpone):
+            assert "--" not in outcome.reason
+            assert "VMJOB_" not in outcome.reason
+    own = errors.HostDiskFull("it is so", advice="Do that.")  # where somebody knows better
+    assert of_error(own.as_dict(), 0) == Postpone(FIRST, "it is so. Do that.", notice=True)
+
+
+def test_what_to_do_is_never_cut_off() -> None:
+    error = errors.AcceleratorUnusable("kvm: " + "€" * 200, advice="Do that.")
+    outcome = of_error(error.as_dict(), 0)
+    assert isinstance(outcome, Postpone)
+    assert outcome.reason.startswith("kvm: ")
+    assert outcome.reason.endswith(".... Do that.")
+    assert len(outcome.reason.encode()) <= 240
+
+
 def test_another_machine_in_the_way_is_nothing_to_tell_the_volunteer() -> None:
     assert of_error(errors.Busy("two run").as_dict(), 0) == Postpone(
         FIRST, f"two run. {errors.Busy.standing_advice}", notice=False)

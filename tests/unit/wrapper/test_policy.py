@@ -55,7 +55,7 @@ def test_who_was_not_asked_about_emulation_is_told_how_to_allow_it() -> None:
     mend = "Add the user that runs this (boinc) to the group kvm, and restart what started it."
     found = Policy().asking_for_emulation(AcceleratorUnusable(because, advice=mend), frozenset())
     said = f"{found.message}. {found.advice}"
-    assert said.startswith(f"virtual machines have no hardware support here. {mend} To allow")
+    assert said.startswith(f"hardware virtualization does not work here. {mend} For emulation")
     assert one_line(said, MAX_LINE) == said
 
 

@@ -194,6 +194,7 @@ JOB = Table("", Job, (
     Key("time_limit", Kind.SECONDS, "from the start of the first task to the end of the last; a "
         "job that needs more has failed", above=0),
     Key("duration", Kind.SECONDS, "after this the job is ended too, but has succeeded", above=0),
+    Key("duration_file", Kind.PATH, "a file that is written when the duration is over"),
     Key("checkpoint_every", Kind.SECONDS, "run time between checkpoints; 0: none but the last one",
         least=0),
     Key("announce", Kind.PATH, "directory where `vbox_webapi.xml` and "

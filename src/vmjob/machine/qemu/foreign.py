@@ -18,7 +18,7 @@ from vmjob.errors import DiskUnusable, MachineStartFailed, UsageError
 from vmjob.machine.contract import Foreign
 from vmjob.machine.qemu import programs
 
-__all__ = ["Disk", "Media", "format_of", "look_at", "size_of"]
+__all__ = ["Disk", "Media", "format_of", "is_vdi", "look_at", "size_of"]
 
 #: Bytes that tell a format.
 HEAD = 512
@@ -55,6 +55,13 @@ class Media:
     cache: Disk | None
     iso: Disk | None
     iso_first: bool
+
+
+def is_vdi(path: Path) -> bool:
+    """Whether an image is of VirtualBox's own format."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return head[VDI_AT:VDI_AT + len(VDI)] == VDI
 
 
 def format_of(head: bytes) -> str:

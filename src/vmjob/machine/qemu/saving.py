@@ -40,6 +40,7 @@ from vmjob.errors import (
 from vmjob.host.priority import lower_disk_priority
 from vmjob.machine.contract import BootParts, Checkpoint, Foreign, MachineSpec, Saved
 from vmjob.machine.qemu import argv, frozen, merging
+from vmjob.machine.qemu import foreign as media
 from vmjob.machine.qemu.monitor import Monitor
 from vmjob.machine.qemu.pages import PageTable, read_index
 from vmjob.machine.qemu.stream import write
@@ -237,6 +238,11 @@ class Saver:
     def _link_foreign(self, foreign: Foreign, directory: Path) -> _State:
         if foreign.disk is None or foreign.cache_disk is not None:
             raise NotSupported("only a machine with one disk can be kept in a checkpoint")
+        if media.is_vdi(foreign.disk):
+            # QEMU: "The vdi format used by node ... does not support live migration".
+            raise NotSupported("a machine whose disk is a VDI cannot be kept in a checkpoint",
+                               advice="`qemu-img convert -O qcow2 OLD NEW` makes a disk of it "
+                                      "that can.")
         _link(foreign.disk.resolve(), directory / "base")
         if foreign.iso is not None:
             _link(foreign.iso.resolve(), directory / "cd")
