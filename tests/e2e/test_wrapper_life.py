@@ -106,6 +106,7 @@ def second(here: World) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_throttled_client_quits_and_its_job_has_time_for_a_checkpoint(throttled: World) -> None:
+    """Even if it never says so: where a <suspend/> has not been taken, its <quit/> is not sent."""
     job = throttled.job("throttled")
     job.goes_on()
     wrapper, slot = job.wrapper(), job.slot

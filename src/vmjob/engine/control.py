@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import anyio
 
 from vmjob.engine.life import Life, State
+from vmjob.errors import VmjobError
 
 if TYPE_CHECKING:
     from vmjob.engine.checkpointing import Checkpointer
@@ -58,7 +59,8 @@ class Control:
             async with self._turn:
                 self._parts = self._checkpointer = None
                 if life.state is State.SUSPENDED:
-                    await self._go_on(session, clock, life)
+                    with contextlib.suppress(VmjobError):  # it is gone: what ended it is the story
+                        await self._go_on(session, clock, life)
 
     async def suspend(self) -> bool:
         """Stand still; true when the job does. Its clock stands still as well."""

@@ -27,6 +27,7 @@ from vmjob.errors import (
     HostDiskFull,
     MachineError,
     VmjobError,
+    WrongState,
 )
 from vmjob.guest.client import AgentClient, Hello
 from vmjob.home import Home
@@ -80,10 +81,13 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def explaining(self) -> AsyncIterator[None]:
-        """Turn a broken lane into what broke it: the machine's end has the better story."""
+        """Turn a broken lane into what broke it: the machine's end has the better story.
+
+        Who asks something of a machine that has just ended hears that its state is wrong for it.
+        """
         try:
             yield
-        except (AgentLost, AgentSilent, AgentProtocol) as error:
+        except (AgentLost, AgentSilent, AgentProtocol, WrongState) as error:
             raise await explain(self.machine, error) from error
 
 

@@ -15,7 +15,9 @@ from vmjob.engine.control import Control
 from vmjob.engine.life import Life, State
 from vmjob.engine.record import Record
 from vmjob.engine.session import Session
+from vmjob.errors import AgentLost, MachineDied, WrongState
 from vmjob.grid.contract import Quiet
+from vmjob.machine.contract import Ended, EndReason
 
 pytestmark = pytest.mark.anyio
 
@@ -97,6 +99,36 @@ async def test_a_wish_that_came_too_early_is_obeyed_when_the_tasks_begin() -> No
     async with control.attached(session_of(machine, Client()), RunClock(), life, None):
         assert machine.did == ["pull", "suspend", "pull"]
         assert life.state is State.RUN
+
+
+async def test_a_machine_that_ended_while_it_stood_still_does_not_hide_what_ended_it() -> None:
+    machine, control, life = Machine(), Control(), Life(Record(), Quiet())
+    life.state = State.RUN
+
+    async def gone() -> None:
+        raise WrongState("the machine is stopped, not running")
+
+    async def carried() -> None:
+        async with control.attached(session_of(machine, Client()), RunClock(), life, None):
+            await control.suspend()
+            raise AgentLost("the lane is broken")
+
+    machine.resume = gone  # type: ignore[method-assign]
+    with pytest.raises(AgentLost):
+        await carried()
+    assert life.state is State.RUN
+
+
+async def test_what_is_asked_of_a_machine_that_has_ended_tells_how_it_ended() -> None:
+    machine: Any = Machine()
+
+    async def ended() -> Ended:
+        return Ended(EndReason.KILLED, "somebody killed it")
+
+    machine.ended, machine.console = ended, str
+    with pytest.raises(MachineDied, match="somebody killed it"):
+        async with session_of(machine, Client()).explaining():
+            raise WrongState("the machine is stopped, not running")
 
 
 async def test_a_pace_that_changes_counts_for_the_wait_under_way() -> None:

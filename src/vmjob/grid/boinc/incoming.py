@@ -16,6 +16,11 @@ from vmjob.grid.boinc.watch import ClientWatch
 
 __all__ = ["Incoming"]
 
+#: Looks without a heartbeat, ten a second, after which the client is taken to want us to leave:
+#: where it ends while a message of its waits for us, it never sends <quit/>, and kills after 60 s.
+#: Looks and not seconds: while a computer sleeps, or we are stopped, nobody is silent.
+MOST_SILENT = 200
+
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +37,8 @@ class Incoming:
         self._watch = watch
         self._deliver = deliver
         self._memory: events.Memory | None = None
+        #: Looks since the last heartbeat; None: there never was one.
+        self._silent: int | None = None
         #: Files that have been told; the client rewrites one with another time.
         self._told: set[tuple[str, int]] = set()
         # An earlier run may have been told of files, and have ended before it dealt with them.
@@ -53,7 +60,12 @@ class Incoming:
             for command in messages.commands(text):
                 self._control(command)
         if (text := self._channels.get(Channel.HEARTBEAT)) is not None:
+            self._silent = 0
             self._heartbeat(text)
+        elif self._silent is not None:
+            self._silent += 1
+            if self._silent == MOST_SILENT and not self.quit:
+                self._control(Command.QUIT)
         if (text := self._channels.get(Channel.TRICKLE_DOWN)) is not None:
             trickle, upload = messages.trickle_flags(text)
             self._look_for_trickles |= trickle
