@@ -11,23 +11,38 @@ import shutil
 import threading
 import urllib.parse
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from vmjob.project.devserver import reply as replies
 from vmjob.project.devserver import request as requests
 from vmjob.project.devserver import uploads
+from vmjob.project.devserver.state import State
 from vmjob.project.tags import block, tag
 
-if TYPE_CHECKING:
-    from vmjob.project.devserver.server import DevServer
-
-__all__ = ["Handler", "WebServer"]
+__all__ = ["Handler", "Owner", "WebServer"]
 
 #: Seconds that a client may be silent in the middle of a request.
 PATIENCE = 60.0
 #: Requests at one time; a client has 8 transfers at most.
 MAX_REQUESTS = 32
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-")
+
+
+class Owner(Protocol):
+    """The project that is served."""
+
+    url: str
+    name: str
+    email: str
+    password: str
+    state: State
+
+    @property
+    def platforms(self) -> list[str]: ...
+
+    def schedule(self, body: bytes) -> str:
+        """The scheduler's reply to a request of a client's."""
+        ...
 
 
 class WebServer(http.server.ThreadingHTTPServer):
@@ -37,7 +52,7 @@ class WebServer(http.server.ThreadingHTTPServer):
     # Who closes the server does not wait for a client that is silent.
     block_on_close = False
 
-    def __init__(self, port: int, owner: DevServer) -> None:
+    def __init__(self, port: int, owner: Owner) -> None:
         self.owner = owner
         self.room = threading.BoundedSemaphore(MAX_REQUESTS)
         super().__init__(("127.0.0.1", port), Handler)
