@@ -10,6 +10,8 @@ name=wrapper-@HASH@
 self=$0
 [ -h "$self" ] && self=$(readlink -f "$self")
 case $self in */*) ;; *) self=./$self ;; esac
+# As an application's main program it has such a name, and the client gives it the job's words only.
+case ${0##*/} in *_wrapper_* | *_wrapper) set -- wrapper "$@" ;; esac
 
 die() {
   echo "vmjob: $1 [$2]" >&2
