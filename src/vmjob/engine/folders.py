@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import time
@@ -47,6 +48,8 @@ SHORTEST, LONGEST = 0.1, 30.0
 #: Seconds until the guest is given again what it refused, at first and at most.
 RETRY, LONGEST_RETRY = 1.0, 600.0
 NOTHING = Pair(None, None)
+#: Errors of writing that no name or file of a job's can cause.
+OF_THE_HOST = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO})
 #: Longest link file, bytes.
 MAX_LINK = 4096
 
@@ -80,6 +83,8 @@ class Mirror:
         self._host: dict[str, Stamp] = {}
         self._look = Look(str(folder.source), folder.without, folder.max_files + 1)
         #: Names that stand for files elsewhere; whether the guest may write those.
+        #: What could not be written on the host, and was not the job's fault.
+        self._unwritten: str | None = None
         self._links: dict[str, tuple[Path, bool]] = {}
         self._no_links: dict[str, Stamp] = {}
         self._seen = 0
@@ -163,13 +168,21 @@ class Mirror:
             await anyio.sleep(self.pause)
 
     async def collect(self) -> None:
-        """After the last task: fetch what changed in the guest and did not come yet."""
+        """After the last task: fetch what changed in the guest and did not come yet.
+
+        Raises `HostError` for what this computer did not let be written: a job whose results are
+        not all there has not succeeded.
+        """
         async with self._lock:
             await self._look_at_host(at_once=True)
             await self._hear_all()
             self._refused.clear()  # it is tried once more: there is no later
+            self._unwritten = None
             self._take_up()
             await self._carry_out(self._plan(into_guest=False))
+            if self._unwritten is not None:
+                raise HostError(self._unwritten, advice="Let this user write there, then run it "
+                                                        "again.")
 
     async def remove(self, name: str, version: Pair) -> bool:
         """Delete a file on both sides, if it is this one; whether it was.
@@ -416,8 +429,8 @@ class Mirror:
                             functools.partial(self._journal.note, name),
                             no_soft_link=self.folder.links)
             except OSError as error:
-                self._warn_once(f"{self.folder.name}: {name!r} cannot be written: "
-                                f"{error.strerror}")
+                self._not_written(f"{self.folder.name}: {name!r} cannot be written: "
+                                  f"{error.strerror}", error)
                 self._refuse(name, found)
                 continue
             if now is not None:
@@ -444,8 +457,8 @@ class Mirror:
                 try:
                     os.close(make_directories(fd, name))
                 except OSError as error:
-                    self._warn_once(f"{self.folder.name}: {name!r} cannot be made: "
-                                    f"{error.strerror}")
+                    self._not_written(f"{self.folder.name}: {name!r} cannot be made: "
+                                      f"{error.strerror}", error)
                     self._refuse(name, DIRECTORY)
                     continue
                 self._journal.note(name, DIRECTORY)
@@ -558,6 +571,11 @@ class Mirror:
                 room -= size
             if batch:
                 yield batch
+
+    def _not_written(self, text: str, error: OSError) -> None:
+        self._warn_once(text)
+        if error.errno in OF_THE_HOST:
+            self._unwritten = text
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned and len(self._warned) < 100:

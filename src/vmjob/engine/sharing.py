@@ -86,9 +86,7 @@ class Sharing:
         except VmjobError as error:  # the guest's, too: it may refuse this and answer all else
             work.end(error)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            work.end((HostDiskFull if full else HostError)(
-                f"cannot keep the job's folders in step: {error.strerror}"))
+            work.end(_of_this_computer(error))
 
     async def last_words(self) -> None:
         """After the last task: hear what the job said just before its end, which still counts."""
@@ -102,7 +100,10 @@ class Sharing:
         """After the last task: what did not come yet."""
         for folder in self._job.folders:
             if folder.writable:
-                await self._mirrors[folder.name].collect()
+                try:
+                    await self._mirrors[folder.name].collect()
+                except OSError as error:
+                    raise _of_this_computer(error) from error
 
     def _watch(self, work: Work, clock: RunClock, grid: Grid, control: Control,
                slot: Slot | None) -> TriggerWatch | None:
@@ -131,6 +132,12 @@ def _postponing(work: Work, grid: Grid, control: Control,
                            delay=said.delay, notice=said.notice))
 
     return postpone
+
+
+def _of_this_computer(error: OSError) -> HostError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (HostDiskFull if full else HostError)(
+        f"cannot keep the job's folders in step: {error.strerror}")
 
 
 def _names(triggers: Triggers) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import mmap
 import os
@@ -14,6 +16,7 @@ import pytest
 import vmjob
 from tests.unit.engine.both_sides import Both, both, rest, session, text, tree, until
 from vmjob.engine.folders import Mirror
+from vmjob.errors import HostError
 from vmjob.guest.folders import News
 from vmjob.home import Home
 from vmjob.job.files import Folder
@@ -270,6 +273,26 @@ async def test_what_had_no_place_is_tried_once_more_at_the_end(both: Both) -> No
     (both.host / "out").unlink()
     await mirror.collect()
     assert text(both.host / "out") == "result"
+
+
+@pytest.mark.parametrize(("number", "lost"), [(errno.EROFS, True), (errno.EIO, True),
+                                              (errno.EISDIR, False)])
+async def test_a_result_that_this_computer_does_not_take_is_no_success(
+        both: Both, monkeypatch: pytest.MonkeyPatch, number: int, lost: bool) -> None:
+    """A directory of that name is the job's own doing, and a warning; a broken disk is not."""
+    mirror = both.mirror()
+    await mirror.fill()
+    (both.guest / "result").write_text("42")
+
+    def refused(*args: Any, **more: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("vmjob.engine.folders.place", refused)
+        with pytest.raises(HostError, match="result") if lost else contextlib.nullcontext():
+            await mirror.collect()
+    await mirror.collect()
+    assert (both.host / "result").read_text() == "42"
 
 
 async def test_secrets_never_reach_the_guest(both: Both, tmp_path: Path) -> None:
