@@ -16,7 +16,7 @@ import anyio.to_thread
 from vmjob.engine.ownership import claim, held
 from vmjob.engine.starting import boot
 from vmjob.engine.templates import Lease, TemplateStore, cap, key_of, room_for
-from vmjob.errors import AgentProtocol, ClockWrong, HostDiskFull, TemplateUnusable
+from vmjob.errors import AgentProtocol, AgentSilent, ClockWrong, HostDiskFull, TemplateUnusable
 from vmjob.guest.client import SHORT_COMMAND, AgentClient, Identity
 from vmjob.home import Home
 from vmjob.host.unbroken import unbroken
@@ -24,6 +24,9 @@ from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, MachineSpec
 
 __all__ = ["lease"]
 
+#: Seconds for all that a machine does before it is frozen: 2 under emulation, when nobody else
+#: computes.
+WARM_DEADLINE = 300.0
 #: What is run before a machine is frozen: its files are then in the memory of every copy.
 WARMING = (("true",), ("true",), ("sh", "-c", "true"), ("python3", "-c", "pass"))
 #: Seconds for which the machine is left alone before it is frozen: the kernel has work that it puts
@@ -112,8 +115,12 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec,
         try:
             client, hello = await boot(driver, machine)
             try:
-                await _warm(client, directory)
-                await client.sleep()
+                try:
+                    with anyio.fail_after(WARM_DEADLINE):
+                        await _warm(client, directory)
+                        await client.sleep()
+                except TimeoutError:
+                    raise AgentSilent("the machine does not end its first small commands") from None
                 await anyio.sleep(QUIET)
                 files = await machine.freeze()
             finally:

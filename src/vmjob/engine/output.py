@@ -36,6 +36,8 @@ class Output:
         self._moved = anyio.Event()
         self.position = {"stdout": 0, "stderr": 0, **position}
         self.flooded = anyio.Event()
+        #: Whether somebody is being waited for to take what there is.
+        self.blocked = False
         self._note()
 
     async def take(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
@@ -52,7 +54,11 @@ class Output:
             self._grid.warning(f"{stream} is longer than {self._limit} bytes; the rest is "
                                "thrown away")
         if room:
-            await self._grid.output(stream, data[:room])
+            self.blocked = True
+            try:
+                await self._grid.output(stream, data[:room])
+            finally:
+                self.blocked = False
 
     async def reached(self, position: dict[str, int]) -> None:
         """Wait until all up to there was taken."""

@@ -36,6 +36,8 @@ __all__ = ["Verdict", "Work"]
 
 #: Seconds from the signal that ends a job (SIGTERM) to the one that cannot be ignored.
 GRACE = 5.0
+#: Seconds of run time in which the end of a killed task is heard of, on any computer.
+PATIENCE = 60.0
 #: What only this side can have ended a task for; `TaskEnd.ended_by`.
 OURS = frozenset({"time-limit", "duration", "task-limit", "output-limit", "verdict", "job-over"})
 
@@ -188,9 +190,14 @@ class Work:
                     return self._never_began(error)
             self._grid.task(task.title, len(self._record.tasks) + 1, len(self._tasks))
         number = self._number
-        async with beside(self._feed(number, feeds)), beside(self._enforce(task, number)), \
-                beside(self._read_fractions(task)):
-            end = await client.follow(number, self._output.take, self._offsets)
+        end = None
+        with anyio.CancelScope() as patience:
+            async with beside(self._feed(number, feeds)), \
+                    beside(self._enforce(task, number, patience)), \
+                    beside(self._read_fractions(task)):
+                end = await client.follow(number, self._output.take, self._offsets)
+        if end is None:
+            raise AgentProtocol("the machine says nothing of the end of a task that was killed")
         if end.ended_by in OURS and end.ended_by != self._stopped_for:
             raise AgentProtocol(f"the machine says {end.ended_by!r}, which was not reached")
         async with self.steady:
@@ -263,8 +270,12 @@ class Work:
 
     # -- what ends a task early ----------------------------------------------------------------
 
-    async def _enforce(self, task: Task, number: int) -> None:
-        """End a task when its time is over, the job is, or it floods and is stopped for that."""
+    async def _enforce(self, task: Task, number: int, patience: anyio.CancelScope) -> None:
+        """End a task when its time is over, the job is, or it floods and is stopped for that.
+
+        ``patience`` is cancelled when its end is not heard of then: root in the machine may have
+        put something in the agent's place, which answers for ever.
+        """
         job, reached = self._job, self._clock.reach
         ends = {"time-limit": job.time_limit, "duration": job.duration,
                 "task-limit": None if task.time_limit is None else self._since + task.time_limit}
@@ -292,6 +303,12 @@ class Work:
             await client.signal(number, signal.SIGTERM, why=reason)
             await anyio.sleep(GRACE)
         await client.signal(number, signal.SIGKILL, why=reason)
+        until = self._clock.seconds + PATIENCE
+        while self._clock.seconds < until:
+            await reached(self._clock.seconds + 1)
+            if self._output.blocked:  # its end comes behind output that nobody takes
+                until = self._clock.seconds + PATIENCE
+        patience.cancel()
 
     # -- how far it is -------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from vmjob.home import Home
 from vmjob.job.files import Output
 from vmjob.job.model import Job, Task
 from vmjob.machine.contract import MachineSpec
-from vmjob.machine.fake import FakeDriver, FakeMachine
+from vmjob.machine.fake import FakeDriver, FakeMachine, Faults
 
 pytestmark = pytest.mark.anyio
 
@@ -272,3 +272,49 @@ async def test_messages_without_end_are_thrown_away_as_output_is() -> None:
         client.say("x" * 99)
     assert len(grid.messages) == 10
     assert len(grid.warnings) == 1
+
+
+# -- an agent that says nothing of a task's end --------------------------------------------------
+
+
+async def test_a_killed_task_whose_end_nobody_tells_ends_the_job(
+        home: Home, fake_shape: MachineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root in the machine may have put something in the agent's place that answers for ever."""
+    monkeypatch.setattr("vmjob.engine.work.GRACE", 0.1)
+    monkeypatch.setattr("vmjob.engine.work.PATIENCE", 1.0)
+    job = Job((Task(("sleep", "60")),), time_limit=0.3)
+    with anyio.fail_after(60):
+        record = await run_job(home, Request(job, FakeDriver(Faults(endless=True)), fake_shape, {},
+                                             cold=True), Heard())
+    assert record.error is not None
+    assert record.error["code"] == "agent-protocol"
+
+
+class Slow(Heard):
+    """Takes its time with what a job has written."""
+
+    async def output(self, stream: str, data: bytes) -> None:
+        await anyio.sleep(3)
+
+
+async def test_a_reader_who_takes_his_time_is_no_silence_of_the_machine(
+        home: Home, fake_shape: MachineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmjob.engine.work.GRACE", 0.1)
+    monkeypatch.setattr("vmjob.engine.work.PATIENCE", 0.5)
+    job = Job((Task(("sh", "-c", "echo one; sleep 60")),), time_limit=0.3)
+    with anyio.fail_after(60):
+        record = await run_job(home, Request(job, FakeDriver(), fake_shape, {}), Slow())
+    assert record.error is not None
+    assert record.error["code"] == "time-limit"
+
+
+async def test_a_machine_that_ends_no_command_is_not_waited_for_when_it_is_frozen(
+        home: Home, fake_shape: MachineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmjob.engine.freezing.WARM_DEADLINE", 1.0)
+    monkeypatch.setattr("vmjob.engine.work.GRACE", 0.1)
+    monkeypatch.setattr("vmjob.engine.work.PATIENCE", 1.0)
+    job = Job((Task(("sleep", "60")),), time_limit=0.3)
+    grid = Heard()
+    with anyio.fail_after(60):
+        await run_job(home, Request(job, FakeDriver(Faults(endless=True)), fake_shape, {}), grid)
+    assert any("does not end its first small commands" in each for each in grid.warnings)

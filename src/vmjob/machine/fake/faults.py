@@ -21,8 +21,8 @@ class Faults:
     answers each request with these bytes. ``endless_head``: the same, with a header that has no
     end. ``protocol``: the agent speaks this version of the protocol and no other. ``dies_after``:
     the agent ends when it is asked on the control lane once more than so often. ``result``:
-    replaces parts of each command's result (`TaskEnd`), as a guest does that lies. ``console``: the
-    console's text.
+    replaces parts of each command's result (`TaskEnd`), as a guest does that lies. ``endless``: no
+    command ever ends by the agent's word. ``console``: the console's text.
     """
 
     start: str | None = None
@@ -34,6 +34,7 @@ class Faults:
     protocol: int | None = None
     dies_after: int | None = None
     result: Mapping[str, Any] | None = None
+    endless: bool = False
     console: str = ""
 
     @property

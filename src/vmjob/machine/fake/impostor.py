@@ -37,6 +37,8 @@ def main(faults: Faults, arguments: list[str]) -> int:
         _count_requests(faults.dies_after)
     if faults.result is not None:
         _lie(faults.result)
+    if faults.endless:
+        tasks.TaskTable._finish = _say_nothing  # type: ignore[method-assign]  # noqa: SLF001
     return agent.main(arguments)
 
 
@@ -80,6 +82,10 @@ def _count_requests(most: int) -> None:
         return real(self, request)
 
     server.Agent._control = counted  # type: ignore[method-assign]  # noqa: SLF001
+
+
+def _say_nothing(self: tasks.TaskTable, task: tasks.Task) -> None:
+    """A command has ended, and nobody gets to know."""
 
 
 def _lie(result: Mapping[str, Any]) -> None:
