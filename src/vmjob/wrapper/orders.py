@@ -64,6 +64,9 @@ class Orders:
         """Keep what passes the network within the volunteer's limits, for ever."""
         while True:
             if not self._gate.limited or not self._control.has_network:
+                if not self._gate_open:  # a limit that is lifted must not stay a pulled cable
+                    self._gate_open = True
+                    self._changed.set()
                 await asyncio.sleep(IDLE)
                 continue
             sent, received = self._control.traffic()
