@@ -9,6 +9,7 @@ import pytest
 
 from vmjob.engine.control import Control
 from vmjob.engine.session import beside
+from vmjob.errors import MachineDied
 from vmjob.grid.boinc import GlobalPreferences
 from vmjob.wrapper import orders
 from vmjob.wrapper.orders import Orders
@@ -34,6 +35,13 @@ class Plugged(Control):
         return self.passed, self.passed
 
 
+class Unplugged(Control):
+    """A machine that ends while its cable is pulled."""
+
+    async def set_network(self, available: bool) -> None:
+        raise MachineDied("it is gone")
+
+
 async def until(control: Plugged, *, online: bool) -> None:
     async with asyncio.timeout(10):
         while control.online is not online:
@@ -49,3 +57,14 @@ async def test_a_cable_is_plugged_in_again_when_the_volunteer_lifts_the_limit(
         await until(control, online=False)
         wanted.prefer(GlobalPreferences())
         await until(control, online=True)
+
+
+async def test_a_cable_that_cannot_be_pulled_does_not_cost_the_order_to_stand_still() -> None:
+    control = Unplugged()
+    wanted = Orders(control, None)
+    async with beside(wanted.obey()):
+        wanted.connect(False)
+        wanted.stand(True)
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert control._still  # so the machine that goes on from the checkpoint will stand
