@@ -85,6 +85,8 @@ class Carrier:
         self._work: asyncio.Task[Outcome] | None = None
         self._parting: asyncio.Task[None] | None = None
         self._job: Job | None = None
+        #: Messages that came before it was known which job they are for.
+        self._early: list[Path] = []
         self.ground = Ground(directory, runtime.init, options, log)
         kept = totals.read(directory)
         self.grid = ClientGrid(runtime, self.ground.where, kept, log)
@@ -181,7 +183,7 @@ class Carrier:
                 rules.check(job)
             else:
                 job = ground.job(rules)
-            self._job = job
+            self._know(job)
             check_room(job, slot.root)
             with ground.place(rules):
                 home = ground.home()
@@ -265,9 +267,18 @@ class Carrier:
             self._pace.change(self.ground.pace(self._job))
         self._log.line(f"preferences: a checkpoint every {self._pace.seconds or 0:.0f} s")
 
+    def _know(self, job: Job) -> None:
+        self._job = job
+        early, self._early = self._early, []
+        for path in early:
+            self._pass_down(path)
+
     def _pass_down(self, path: Path) -> None:
         """A message of the project's server goes to the job as a file of its shared folder."""
-        folder = next((each for each in (self._job.folders if self._job else ())
+        if self._job is None:  # the client has told it already, and tells it once in a process
+            self._early.append(path)
+            return
+        folder = next((each for each in self._job.folders
                        if each.name == SHARED and each.live), None)
         if folder is None:
             self._log.line(f"{path.name} is not passed on: the job has no shared folder")
@@ -276,6 +287,7 @@ class Carrier:
         if path.parent == folder.source:
             return
         try:
+            folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)  # before its first task
             path.replace(folder.source / path.name)
             self._log.line(f"message of the project: {path.name}")
         except OSError as error:
