@@ -248,3 +248,13 @@ def test_a_slot_without_an_image_or_a_hypervisor_has_none(slot: Slot, tmp_path: 
 def test_the_job_gets_all_words_that_are_not_the_clients(given: tuple[str, ...],
                                                          kept: tuple[str, ...]) -> None:
     assert for_the_job(given) == kept
+
+
+@pytest.mark.parametrize("target", ["a" * 300, "/no/such/file", "../../../no/such/file"])
+def test_an_output_that_looks_like_a_link_is_no_missing_output(tmp_path: Path,
+                                                               target: str) -> None:
+    slot = Slot(tmp_path)
+    (slot.directory / "out").write_text(f"<soft_link>{target}</soft_link>")
+    slot.link("result", "result_0")
+    found = list(contents.missing_outputs(slot.where()))
+    assert found == ["result"]
