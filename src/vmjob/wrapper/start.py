@@ -37,7 +37,7 @@ __all__ = ["wrap"]
 AT_ONCE = 1.5
 #: The same for a last checkpoint; the client kills after 60.
 IN_TIME = QUIT_DEADLINE + 7.0
-#: How often in a row an unexpected error is taken for an accident.
+#: How often, without a checkpoint in between, an unexpected error is taken for an accident.
 MOST_ACCIDENTS = 3
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

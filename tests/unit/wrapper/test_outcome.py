@@ -59,7 +59,8 @@ def test_a_command_that_was_not_found_keeps_the_shells_code_for_that() -> None:
 
 @pytest.mark.parametrize("kind", [
     errors.AcceleratorUnusable, errors.HostDiskFull, errors.HostMemoryLow, errors.ProgramMissing,
-    errors.ProcessorChanged, errors.PolicyForbids, errors.PolicyInvalid, errors.SlotUnusable])
+    errors.ProcessorChanged, errors.PolicyForbids, errors.PolicyInvalid, errors.SlotUnusable,
+    errors.ImageBuildFailed])
 def test_faults_of_the_computer_postpone_the_job_twice_as_long_each_time(
         kind: type[VmjobError]) -> None:
     error = kind("it is so", advice="Do that.")
