@@ -18,10 +18,12 @@ from tests.conftest import eventually
 from vmjob.engine import starting as starting_module
 from vmjob.engine.ownership import claim, leftovers, sweep
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
+from vmjob.host import durable
 from vmjob.job.files import check_guest_path, parse_input, parse_output
 from vmjob.job.model import Job, OnFlood, Task
 from vmjob.machine.contract import MachineSpec
@@ -108,6 +110,33 @@ async def test_inputs_go_in_and_outputs_come_out(run: Runner, tmp_path: Path) ->
     phases = ["template", "machine", "thaw", "inputs", "run", "outputs", "end"]
     assert run.grid.phases == phases
     assert set(record.phases) == {*phases, "total"}
+
+
+async def test_outputs_are_safe_before_the_job_counts_as_ended(
+        home: Home, fake_shape: MachineSpec, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    sync, end = durable.sync, Slot.end
+
+    def syncing(path: Path) -> None:
+        done.append(path)
+        sync(path)
+
+    def ending(slot: Slot, record: Record) -> None:
+        done.append("end")
+        end(slot, record)
+
+    monkeypatch.setattr(durable, "sync", syncing)
+    monkeypatch.setattr(Slot, "end", ending)
+    out = tmp_path / "out"
+    job = Job(tasks=(Task(("sh", "-c", "mkdir -p r/s; echo x > r/s/t")),),
+              outputs=(parse_output(f"r:{out}"),))
+    with Slot.claim(tmp_path / "slot") as slot:
+        slot.begin(Asked(job))
+        record = await run_job(home, Request(job, FakeDriver(None), fake_shape, {},
+                                             survival=Survival(slot)), Heard())
+    assert record.exit_code == 0
+    assert {tmp_path, out, out / "s", out / "s" / "t"} <= set(done[:done.index("end")])
 
 
 async def test_a_missing_input_is_found_before_anything_starts(run: Runner,

@@ -104,6 +104,10 @@ class Sharing:
             if folder.writable:
                 await self._mirrors[folder.name].collect()
 
+    def came(self) -> list[Path]:
+        """Files of this computer that came from the machine."""
+        return [path for mirror in self._mirrors.values() for path in mirror.came()]
+
     def _watch(self, work: Work, clock: RunClock, grid: Grid, control: Control,
                slot: Slot | None) -> TriggerWatch | None:
         for folder in self._job.folders:
