@@ -51,6 +51,8 @@ SLOT = "vmjob"
 FAILED = "failed"
 #: Seconds for a last checkpoint when the client wants us to leave; it kills after 60.
 QUIT_DEADLINE = 45.0
+#: Seconds between looks at whether a job that is at its end has ended.
+END_PERIOD = 1.0
 
 
 class Left(enum.Enum):
@@ -217,16 +219,29 @@ class Carrier:
     async def _keep(self, work: asyncio.Task[Outcome]) -> None:
         """Make a last checkpoint, if there is time for it, and leave."""
         try:
-            with contextlib.suppress(VmjobError, OSError):  # those before it stay good
-                async with asyncio.timeout(QUIT_DEADLINE):
-                    if self._orders.still:  # one that stands still is kept when it goes on
-                        self._orders.still = False  # nor may it stand by an order not yet obeyed
-                        await self._control.resume()
-                    await self._control.checkpoint(QUIT_DEADLINE)
+            async with asyncio.timeout(QUIT_DEADLINE):
+                while not await self._kept() and self._fetches and not work.done():
+                    await asyncio.wait([work], timeout=END_PERIOD)
         except TimeoutError:
             self._log.line("there was no time for a last checkpoint")
         finally:
             work.cancel()
+
+    async def _kept(self) -> bool:
+        with contextlib.suppress(VmjobError, OSError):  # those before it stay good
+            if self._orders.still:  # one that stands still is kept when it goes on
+                self._orders.still = False  # nor may it stand by an order not yet obeyed
+                await self._control.resume()
+            return await self._control.checkpoint(QUIT_DEADLINE) is not None
+        return False
+
+    @property
+    def _fetches(self) -> bool:
+        """Whether the tasks are over, and only what they made is missing: soon it is all done.
+
+        To leave now would be to do again all that came after the last checkpoint.
+        """
+        return self._control.pid is None and self.grid.current in ("run", "outputs", "end")
 
     # -- the client ----------------------------------------------------------------------------
 

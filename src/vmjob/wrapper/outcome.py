@@ -31,8 +31,8 @@ __all__ = ["AGAIN", "Again", "Finish", "Outcome", "Postpone", "of_error", "of_re
 FIRST = 120
 #: Seconds of the longest: several tries a day. Nothing is put off for a day.
 MOST = 4 * 3600
-#: How often a machine may fail, without a checkpoint in between, before it is taken to be the job that makes it fail.
-#: The client itself would try a hundred times.
+#: How often a machine may fail, without a checkpoint in between, before it is taken to be the job
+#: that makes it fail. The client itself would try a hundred times.
 MOST_MACHINE_FAULTS = 5
 
 _CODES: dict[type[VmjobError], int] = {

@@ -10,6 +10,7 @@ import pytest
 
 from vmjob.engine.control import Control
 from vmjob.engine.session import beside
+from vmjob.errors import CheckpointFailed
 from vmjob.grid.boinc import Event, Quit, Resume, Runtime, Suspend
 from vmjob.wrapper.carrying import Carrier, Options
 from vmjob.wrapper.log import Log
@@ -68,3 +69,22 @@ async def test_a_machine_is_kept_before_it_ends(runtime: Runtime, tmp_path: Path
         await asyncio.wait([work])
     assert work.cancelled()
     assert control.kept
+
+
+class Over(Control):
+    """A job whose tasks have ended: there is nothing to keep."""
+
+    async def checkpoint(self, deadline: float) -> None:
+        raise CheckpointFailed("the job ended while it was being kept")
+
+
+@pytest.mark.parametrize(("phase", "ends"), [("outputs", True), ("end", True), ("boot", False)])
+async def test_a_job_whose_outputs_are_being_fetched_may_end(
+        runtime: Runtime, tmp_path: Path, phase: str, ends: bool) -> None:
+    carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
+    carrier._control = Over()
+    carrier.grid.current = phase
+    carrier._work = work = asyncio.ensure_future(asyncio.sleep(0.1))  # type: ignore[assignment]
+    carrier._hear(Quit())
+    await asyncio.wait([work])
+    assert work.cancelled() is not ends
