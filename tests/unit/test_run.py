@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
+import psutil
 import pytest
 
 from tests.conftest import eventually
 from vmjob.engine import starting as starting_module
+from vmjob.engine.control import Control
 from vmjob.engine.ownership import claim, leftovers, sweep
 from vmjob.engine.record import Record
 from vmjob.engine.run import Request, Survival, run_job
@@ -232,6 +235,26 @@ async def test_an_agent_that_dies_ends_the_job_with_a_clear_error(run: Runner) -
     assert (code(record), record.exit_code) == ("agent-lost", 125)
     assert record.error is not None
     assert record.error["retryable"] is True
+
+
+async def test_a_machine_that_is_killed_while_it_stands_still_is_no_wrong_request(
+        home: Home, fake_shape: MachineSpec, tmp_path: Path) -> None:
+    control, grid = Control(), Heard()
+    job = Job(tasks=(Task(("sh", "-c", "echo runs; sleep 60")),))
+    running = asyncio.ensure_future(run_job(home, Request(job, FakeDriver(None), fake_shape, {},
+                                                          control=control), grid))
+    async with asyncio.timeout(30):
+        await grid.wrote.wait()
+        assert await control.suspend()
+        assert control.pid is not None
+        keeper = psutil.Process(control.pid)
+        below = keeper.children(recursive=True)
+        keeper.kill()
+        record = await running
+        for each in below:  # stopped ones, which no real machine has
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    assert code(record) == "machine-died"
 
 
 async def test_a_failed_jobs_logs_are_kept_when_asked(run: Runner, tmp_path: Path) -> None:
