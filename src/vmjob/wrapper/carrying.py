@@ -176,7 +176,7 @@ class Carrier:
         with Slot.claim(self.slot) as slot:
             ended = slot.result()
             if ended is not None:  # we ended between its end and the client's hearing of it
-                self.record = ended
+                self.record, self.error = ended, ended.error
                 return of_record(ended, 0)
             accel, cpu = "auto", ""
             if slot.has_job:

@@ -106,7 +106,8 @@ def of_error(error: Mapping[str, Any], before: int) -> Outcome:
     if issubclass(kind, errors.HostError | errors.ImageBuildFailed):
         return Postpone(delay(before), _reason(str(error["message"]), _advice(kind, error)),
                         notice=before == 0 and not issubclass(kind, errors.Busy))
-    if issubclass(kind, errors.MachineError | errors.GuestError):
+    # No job asks anything of a machine by itself: one in the wrong state has ended behind our back.
+    if issubclass(kind, errors.MachineError | errors.GuestError | errors.WrongState):
         if before >= MOST_MACHINE_FAULTS:
             return Finish(EXIT_CHILD_FAILED, str(error["message"]))
         return AGAIN if before == 0 else Postpone(delay(before - 1), str(error["message"]))

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from vmjob.engine.control import Control
+from vmjob.engine.record import Record
 from vmjob.engine.session import beside
-from vmjob.errors import CheckpointFailed
+from vmjob.engine.slot import Asked, Slot
+from vmjob.errors import CheckpointFailed, OutputMissing
 from vmjob.grid.boinc import Event, Quit, Resume, Runtime, Suspend
+from vmjob.job.model import Job
 from vmjob.wrapper.carrying import Carrier, Options
 from vmjob.wrapper.log import Log
 from vmjob.wrapper.orders import Orders
+from vmjob.wrapper.outcome import Finish
 
 pytestmark = pytest.mark.anyio
 
@@ -88,3 +92,14 @@ async def test_a_job_whose_outputs_are_being_fetched_may_end(
     carrier._hear(Quit())
     await asyncio.wait([work])
     assert work.cancelled() is not ends
+
+
+async def test_a_job_that_ended_before_the_client_heard_of_it_still_tells_its_cause(
+        runtime: Runtime, tmp_path: Path) -> None:
+    carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
+    error = OutputMissing("the job made no 'out'").as_dict()
+    with Slot.claim(carrier.slot) as slot:
+        slot.begin(Asked(Job(tasks=())))
+        slot.end(Record(exit_code=125, error=error))
+    assert await carrier.carry() == Finish(195)
+    assert carrier.error == error
