@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet
+from vmjob.guest import transfer
 from vmjob.home import Home
 from vmjob.host import durable
 from vmjob.job.files import check_guest_path, parse_input, parse_output
@@ -153,6 +155,19 @@ async def test_a_missing_input_is_found_before_anything_starts(run: Runner,
 async def test_an_unreadable_input_is_named(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "secret").touch(mode=0)
     assert code(await run("true", into=(str(tmp_path / "secret"),))) == "input-unreadable"
+
+
+async def test_a_disk_that_is_full_at_the_end_is_no_fault_of_the_path(
+        run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def full(source: str, target: str, **where: int) -> None:
+        if target == "out":
+            raise OSError(errno.ENOSPC, "no space left")
+        rename(source, target, **where)
+
+    monkeypatch.setattr(transfer.os, "rename", full)
+    assert code(await run("echo x > r", out=("r",))) == "host-disk-full"
 
 
 async def test_an_output_that_the_job_did_not_make_is_an_error(run: Runner) -> None:
