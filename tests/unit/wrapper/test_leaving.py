@@ -15,6 +15,7 @@ from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import CheckpointFailed, OutputMissing
 from vmjob.grid.boinc import Event, Quit, Resume, Runtime, Suspend
 from vmjob.job.model import Job
+from vmjob.wrapper import start
 from vmjob.wrapper.carrying import Carrier, Options
 from vmjob.wrapper.log import Log
 from vmjob.wrapper.orders import Orders
@@ -103,3 +104,15 @@ async def test_a_job_that_ended_before_the_client_heard_of_it_still_tells_its_ca
         slot.end(Record(exit_code=125, error=error))
     assert await carrier.carry() == Finish(195)
     assert carrier.error == error
+
+
+async def test_a_report_that_cannot_be_made_does_not_cost_the_result(
+        runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object) -> None:
+        raise KeyError("advice")
+
+    monkeypatch.setattr(start.report, "sections", unexpected)
+    log = Log()
+    carrier = Carrier(runtime, tmp_path, Options(), log, lambda why: None)
+    assert start._Process(runtime, tmp_path, Options(), log)._end(carrier, Finish(0)) == 0
+    assert (tmp_path / "boinc_finish_called").exists()
