@@ -33,7 +33,7 @@ ADMIN = (ROOT / "docs/how-to/boinc-admin.md").read_text()
 PROJECT = (ROOT / "docs/reference/project.md").read_text()
 BY_CODE = {each.code: each for each in all_errors()}
 #: Errors that nothing in the wrapper's reach raises, and the root of all.
-NOT_MET = {"vmjob-error", "unknown-machine", "wrong-state", "package-invalid", "key-file-invalid",
+NOT_MET = {"vmjob-error", "unknown-machine", "package-invalid", "key-file-invalid",
            "signature-invalid", "client-failed", "keeper-lost", "machine-kept", "result-overdue"}
 BOOT = BootParts("digest", Path("kernel"), Path("initrd"), Path("root"), Path("scratch"))
 

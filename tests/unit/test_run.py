@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -12,16 +14,21 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
+import psutil
 import pytest
 
 from tests.conftest import eventually
 from vmjob.engine import starting as starting_module
+from vmjob.engine.control import Control
 from vmjob.engine.ownership import claim, leftovers, sweep
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet
+from vmjob.guest import transfer
 from vmjob.home import Home
+from vmjob.host import durable
 from vmjob.job.files import check_guest_path, parse_input, parse_output
 from vmjob.job.model import Job, OnFlood, Task
 from vmjob.machine.contract import MachineSpec
@@ -110,6 +117,33 @@ async def test_inputs_go_in_and_outputs_come_out(run: Runner, tmp_path: Path) ->
     assert set(record.phases) == {*phases, "total"}
 
 
+async def test_outputs_are_safe_before_the_job_counts_as_ended(
+        home: Home, fake_shape: MachineSpec, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    sync, end = durable.sync, Slot.end
+
+    def syncing(path: Path) -> None:
+        done.append(path)
+        sync(path)
+
+    def ending(slot: Slot, record: Record) -> None:
+        done.append("end")
+        end(slot, record)
+
+    monkeypatch.setattr(durable, "sync", syncing)
+    monkeypatch.setattr(Slot, "end", ending)
+    out = tmp_path / "out"
+    job = Job(tasks=(Task(("sh", "-c", "mkdir -p r/s; echo x > r/s/t")),),
+              outputs=(parse_output(f"r:{out}"),))
+    with Slot.claim(tmp_path / "slot") as slot:
+        slot.begin(Asked(job))
+        record = await run_job(home, Request(job, FakeDriver(None), fake_shape, {},
+                                             survival=Survival(slot)), Heard())
+    assert record.exit_code == 0
+    assert {tmp_path, out, out / "s", out / "s" / "t"} <= set(done[:done.index("end")])
+
+
 async def test_a_missing_input_is_found_before_anything_starts(run: Runner,
                                                                tmp_path: Path) -> None:
     record = await run("true", into=(str(tmp_path / "nothing"),))
@@ -121,6 +155,19 @@ async def test_a_missing_input_is_found_before_anything_starts(run: Runner,
 async def test_an_unreadable_input_is_named(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "secret").touch(mode=0)
     assert code(await run("true", into=(str(tmp_path / "secret"),))) == "input-unreadable"
+
+
+async def test_a_disk_that_is_full_at_the_end_is_no_fault_of_the_path(
+        run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def full(source: str, target: str, **where: int) -> None:
+        if target == "out":
+            raise OSError(errno.ENOSPC, "no space left")
+        rename(source, target, **where)
+
+    monkeypatch.setattr(transfer.os, "rename", full)
+    assert code(await run("echo x > r", out=("r",))) == "host-disk-full"
 
 
 async def test_an_output_that_the_job_did_not_make_is_an_error(run: Runner) -> None:
@@ -203,6 +250,26 @@ async def test_an_agent_that_dies_ends_the_job_with_a_clear_error(run: Runner) -
     assert (code(record), record.exit_code) == ("agent-lost", 125)
     assert record.error is not None
     assert record.error["retryable"] is True
+
+
+async def test_a_machine_that_is_killed_while_it_stands_still_is_no_wrong_request(
+        home: Home, fake_shape: MachineSpec, tmp_path: Path) -> None:
+    control, grid = Control(), Heard()
+    job = Job(tasks=(Task(("sh", "-c", "echo runs; sleep 60")),))
+    running = asyncio.ensure_future(run_job(home, Request(job, FakeDriver(None), fake_shape, {},
+                                                          control=control), grid))
+    async with asyncio.timeout(30):
+        await grid.wrote.wait()
+        assert await control.suspend()
+        assert control.pid is not None
+        keeper = psutil.Process(control.pid)
+        below = keeper.children(recursive=True)
+        keeper.kill()
+        record = await running
+        for each in below:  # stopped ones, which no real machine has
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    assert code(record) == "machine-died"
 
 
 async def test_a_failed_jobs_logs_are_kept_when_asked(run: Runner, tmp_path: Path) -> None:

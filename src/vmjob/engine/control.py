@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import anyio
 
 from vmjob.engine.life import Life, State
-from vmjob.errors import VmjobError
+from vmjob.errors import VmjobError, WrongState
 
 if TYPE_CHECKING:
     from vmjob.engine.checkpointing import Checkpointer
@@ -51,9 +51,10 @@ class Control:
         """The job's tasks run while the block does; a machine that stands still then goes on."""
         self._parts, self._checkpointer = (session, clock, life), checkpointer
         try:
-            await self.set_network(self._online)
-            if self._still:
-                await self.suspend()
+            with contextlib.suppress(WrongState):  # it is gone: its tasks tell it, and better
+                await self.set_network(self._online)
+                if self._still:
+                    await self.suspend()
             yield
         finally:
             async with self._turn:
@@ -69,9 +70,11 @@ class Control:
             if self._parts is None:
                 return False
             session, clock, life = self._parts
-            await session.suspend()
-            clock.stop()
-            life.enter(State.SUSPENDED)
+            try:
+                await session.suspend()
+            finally:  # it may stand all the same, a little later; only what stands can go on again
+                clock.stop()
+                life.enter(State.SUSPENDED)
             return True
 
     async def resume(self) -> None:

@@ -120,6 +120,11 @@ class Mirror:
             return None
         return pair
 
+    def came(self) -> list[Path]:
+        """Files of the host that came from the guest, over all processes that had a journal."""
+        return [self._links[name][0] if name in self._links else self.folder.source / name
+                for name, became in self._journal.came.items() if became is not None]
+
     @property
     def pause(self) -> float:
         """Seconds until the next `step` may find something, as far as both sides are looked at."""

@@ -22,6 +22,7 @@ from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.work import Work
 from vmjob.errors import (
+    HostDiskFull,
     JobError,
     OutputMissing,
     TimeLimit,
@@ -29,6 +30,7 @@ from vmjob.errors import (
 )
 from vmjob.grid.contract import Grid
 from vmjob.home import Home
+from vmjob.host import durable
 from vmjob.job.model import Job
 from vmjob.machine.contract import Driver, MachineSpec
 
@@ -136,6 +138,8 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 await _get_outputs(session, request.job, grid, record)
                 if record.tasks and record.tasks[-1].ended_by == "duration":
                     mark_duration(request.job)
+                if request.survival is not None:
+                    await _make_safe(request.job, sharing)
             session.failed = record.exit_code != 0
             life.enter(State.END)
             if session.failed and request.keep is not None:
@@ -257,6 +261,20 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
             work.conclude()
         if streams is not None:
             await anyio.to_thread.run_sync(streams.sync)
+
+
+async def _make_safe(job: Job, sharing: Sharing | None) -> None:
+    """See that what the job made survives a power cut: its checkpoints are about to go.
+
+    The record of its end is safe at once; without this it could tell of outputs that are empty.
+    """
+    made = [output.destination for output in job.outputs] + (sharing.came() if sharing else [])
+    if job.duration_file is not None:
+        made.append(job.duration_file)
+    try:
+        await anyio.to_thread.run_sync(durable.sync_all, made)
+    except OSError as error:
+        raise HostDiskFull(f"the job's outputs could not be written: {error.strerror}") from error
 
 
 async def _keep_time(session: Session, life: Life) -> None:

@@ -105,6 +105,10 @@ class Sharing:
                 except OSError as error:
                     raise _of_this_computer(error) from error
 
+    def came(self) -> list[Path]:
+        """Files of this computer that came from the machine."""
+        return [path for mirror in self._mirrors.values() for path in mirror.came()]
+
     def _watch(self, work: Work, clock: RunClock, grid: Grid, control: Control,
                slot: Slot | None) -> TriggerWatch | None:
         for folder in self._job.folders:

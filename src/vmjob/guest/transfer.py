@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -277,6 +278,12 @@ def _output_error(source: str, error: TreeError) -> VmjobError:
     return GuestRefused(text, reason=error.reason)
 
 
+def _full(error: OSError, path: Path) -> None:
+    """Raise `HostDiskFull` where that is what is wrong, and not the path."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise HostDiskFull(f"there is no room for {path}: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def _staging(destination: Path) -> Iterator[tuple[int, str]]:
     """A fresh name beside ``destination``; whatever is left under it is removed."""
@@ -286,6 +293,7 @@ def _staging(destination: Path) -> Iterator[tuple[int, str]]:
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
+        _full(error, directory)
         raise BadPath(f"cannot write to {directory}: {error.strerror}") from error
     try:
         yield fd, name
@@ -302,6 +310,7 @@ def _publish(parent: int, name: str, destination: Path) -> None:
     try:
         os.rename(name, destination.name, src_dir_fd=parent, dst_dir_fd=parent)
     except OSError as error:
+        _full(error, destination)
         raise BadPath(f"cannot put the output at {destination}: {error.strerror}",
                       advice="Move away what is there, or give the output another name.") from error
 

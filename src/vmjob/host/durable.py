@@ -7,10 +7,12 @@ can cut the power after each step.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["remove", "replace", "sync", "write"]
+__all__ = ["remove", "replace", "sync", "sync_all", "write"]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -27,6 +29,29 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_all(paths: Iterable[Path]) -> None:
+    """The same for files and whole directories, with their names; no link is followed.
+
+    What is not there, or may not be read, is left out.
+    """
+    above: set[Path] = set()
+    for path in paths:
+        above.add(path.parent)
+        if path.is_symlink():
+            continue
+        found = [path]
+        for place, _, names in os.walk(path):
+            above.add(Path(place))
+            found += [Path(place) / name for name in names]
+        for each in found:
+            if each.is_file() and not each.is_symlink():
+                with contextlib.suppress(FileNotFoundError, PermissionError):
+                    sync(each)
+    for directory in above:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            sync(directory)
 
 
 def replace(source: Path, target: Path) -> None:

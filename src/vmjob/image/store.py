@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmjob.errors import ImageBuildFailed, ImageCorrupt, ImageMissing, ImageOutdated
+from vmjob.errors import (
+    HomeUnusable,
+    HostDiskFull,
+    ImageBuildFailed,
+    ImageCorrupt,
+    ImageMissing,
+    ImageOutdated,
+)
 from vmjob.guest.agent.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION
 from vmjob.home import Home, locked, remove_tree
 from vmjob.host import durable
@@ -162,7 +170,8 @@ class ImageStore:
 
         ``described``: its manifest; ``find``: where a part of it is, by the file's name. It is
         known here by a name made of what it is. What was adopted earlier and is not there any more
-        is forgotten. Raises `ImageCorrupt` or `ImageMissing`; it is not verified yet.
+        is forgotten. Raises `ImageCorrupt` or `ImageMissing`, and `HostDiskFull` or `HomeUnusable`
+        for what is no fault of the image; it is not verified yet.
         """
         made = manifest.load(described)
         files = {part.file: find(part.file).absolute() for part in made.parts.values()}
@@ -184,9 +193,11 @@ class ImageStore:
                     for file, path in files.items():
                         (beside / file).symlink_to(path)
                     beside.rename(target)
-                except OSError as error:
-                    raise ImageCorrupt(f"cannot keep the image in {self._home.images}: "
-                                       f"{error.strerror}") from error
+                except OSError as error:  # the image may be as good as ever
+                    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    raise (HostDiskFull if full else HomeUnusable)(
+                        f"cannot keep the image in {self._home.images}: "
+                        f"{error.strerror}") from error
         return Image(name, target, made)
 
     def remove(self, name: str) -> None:

@@ -82,9 +82,13 @@ class Accounts:
                     fraction_done=kept.fraction or 0.0)
 
     def fault(self, code: str) -> int:
-        """Something was in the way: how often in a row it was before."""
+        """Something was in the way: how often it was before, since the last checkpoint.
+
+        Another fault in between forgives nothing: of two that take turns each would be the first
+        one for ever, and be tried again at once.
+        """
         before = self.kept.faults.get(code, 0)
-        self.kept.faults = {code: before + 1}
+        self.kept.faults[code] = before + 1
         self.save()
         return before
 

@@ -51,6 +51,8 @@ SLOT = "vmjob"
 FAILED = "failed"
 #: Seconds for a last checkpoint when the client wants us to leave; it kills after 60.
 QUIT_DEADLINE = 45.0
+#: Seconds between looks at whether a job that is at its end has ended.
+END_PERIOD = 1.0
 
 
 class Left(enum.Enum):
@@ -85,6 +87,8 @@ class Carrier:
         self._work: asyncio.Task[Outcome] | None = None
         self._parting: asyncio.Task[None] | None = None
         self._job: Job | None = None
+        #: Messages that came before it was known which job they are for.
+        self._early: list[Path] = []
         self.ground = Ground(directory, runtime.init, options, log)
         kept = totals.read(directory)
         self.grid = ClientGrid(runtime, self.ground.where, kept, log)
@@ -172,7 +176,7 @@ class Carrier:
         with Slot.claim(self.slot) as slot:
             ended = slot.result()
             if ended is not None:  # we ended between its end and the client's hearing of it
-                self.record = ended
+                self.record, self.error = ended, ended.error
                 return of_record(ended, 0)
             accel, cpu = "auto", ""
             if slot.has_job:
@@ -181,7 +185,7 @@ class Carrier:
                 rules.check(job)
             else:
                 job = ground.job(rules)
-            self._job = job
+            self._know(job)
             check_room(job, slot.root)
             with ground.place(rules):
                 home = ground.home()
@@ -215,16 +219,29 @@ class Carrier:
     async def _keep(self, work: asyncio.Task[Outcome]) -> None:
         """Make a last checkpoint, if there is time for it, and leave."""
         try:
-            with contextlib.suppress(VmjobError, OSError):  # those before it stay good
-                async with asyncio.timeout(QUIT_DEADLINE):
-                    if self._orders.still:  # one that stands still is kept when it goes on
-                        self._orders.still = False  # nor may it stand by an order not yet obeyed
-                        await self._control.resume()
-                    await self._control.checkpoint(QUIT_DEADLINE)
+            async with asyncio.timeout(QUIT_DEADLINE):
+                while not await self._kept() and self._fetches and not work.done():
+                    await asyncio.wait([work], timeout=END_PERIOD)
         except TimeoutError:
             self._log.line("there was no time for a last checkpoint")
         finally:
             work.cancel()
+
+    async def _kept(self) -> bool:
+        with contextlib.suppress(VmjobError, OSError):  # those before it stay good
+            if self._orders.still:  # one that stands still is kept when it goes on
+                self._orders.still = False  # nor may it stand by an order not yet obeyed
+                await self._control.resume()
+            return await self._control.checkpoint(QUIT_DEADLINE) is not None
+        return False
+
+    @property
+    def _fetches(self) -> bool:
+        """Whether the tasks are over, and only what they made is missing: soon it is all done.
+
+        To leave now would be to do again all that came after the last checkpoint.
+        """
+        return self._control.pid is None and self.grid.current in ("run", "outputs", "end")
 
     # -- the client ----------------------------------------------------------------------------
 
@@ -265,9 +282,18 @@ class Carrier:
             self._pace.change(self.ground.pace(self._job))
         self._log.line(f"preferences: a checkpoint every {self._pace.seconds or 0:.0f} s")
 
+    def _know(self, job: Job) -> None:
+        self._job = job
+        early, self._early = self._early, []
+        for path in early:
+            self._pass_down(path)
+
     def _pass_down(self, path: Path) -> None:
         """A message of the project's server goes to the job as a file of its shared folder."""
-        folder = next((each for each in (self._job.folders if self._job else ())
+        if self._job is None:  # the client has told it already, and tells it once in a process
+            self._early.append(path)
+            return
+        folder = next((each for each in self._job.folders
                        if each.name == SHARED and each.live), None)
         if folder is None:
             self._log.line(f"{path.name} is not passed on: the job has no shared folder")
@@ -276,6 +302,7 @@ class Carrier:
         if path.parent == folder.source:
             return
         try:
+            folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)  # before its first task
             path.replace(folder.source / path.name)
             self._log.line(f"message of the project: {path.name}")
         except OSError as error:

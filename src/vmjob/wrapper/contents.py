@@ -23,7 +23,6 @@ from vmjob.image import manifest
 from vmjob.image.store import Image, ImageStore
 from vmjob.job.files import Folder
 from vmjob.job.languages import read_file
-from vmjob.job.links import resolved
 from vmjob.job.logical import is_there, resolve
 from vmjob.job.model import SHARED, Job
 from vmjob.job.reading import Finding, Level, Surroundings
@@ -175,6 +174,8 @@ def missing_outputs(where: Surroundings) -> Iterator[str]:
             return
         # Not the client's own: who opens and closes the lock file gives the slot away.
         if not path.name.startswith("boinc_") and path.is_file() and not path.is_symlink():
-            target = resolved(path)
-            if target != path and not target.exists():
-                yield path.name
+            # What looks like a link may be an output: it says nothing of files that are not ours.
+            with contextlib.suppress(BadPath, OSError):
+                target = resolve(path.name, where)
+                if target != path and not target.exists():
+                    yield path.name

@@ -52,10 +52,12 @@ class Orders:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            with contextlib.suppress(VmjobError):  # a machine that is gone: its job tells it
+            # A machine that is gone: its job tells it, and the next one obeys the other order too.
+            with contextlib.suppress(VmjobError):
                 if (self.online is not False and self._gate_open) != plugged:
                     plugged = not plugged
                     await self._control.set_network(plugged)
+            with contextlib.suppress(VmjobError):
                 if self.still != still:
                     still = self.still
                     await (self._control.suspend() if still else self._control.resume())
@@ -64,6 +66,9 @@ class Orders:
         """Keep what passes the network within the volunteer's limits, for ever."""
         while True:
             if not self._gate.limited or not self._control.has_network:
+                if not self._gate_open:  # a limit that is lifted must not stay a pulled cable
+                    self._gate_open = True
+                    self._changed.set()
                 await asyncio.sleep(IDLE)
                 continue
             sent, received = self._control.traffic()

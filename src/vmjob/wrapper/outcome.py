@@ -31,8 +31,8 @@ __all__ = ["AGAIN", "Again", "Finish", "Outcome", "Postpone", "of_error", "of_re
 FIRST = 120
 #: Seconds of the longest: several tries a day. Nothing is put off for a day.
 MOST = 4 * 3600
-#: How often in a row a machine may fail before it is taken to be the job that makes it fail.
-#: The client itself would try a hundred times.
+#: How often a machine may fail, without a checkpoint in between, before it is taken to be the job
+#: that makes it fail. The client itself would try a hundred times.
 MOST_MACHINE_FAULTS = 5
 
 _CODES: dict[type[VmjobError], int] = {
@@ -52,6 +52,7 @@ _FOR_VOLUNTEERS: dict[type[VmjobError], str] = {
     errors.HomeUnusable: "Let the user that BOINC runs as write in BOINC's data directory.",
     errors.HostDiskFull: "Free some disk space, or let BOINC use more of the disk.",
     errors.HostMemoryLow: "This computer has too little memory for it: abort the task.",
+    errors.ImageBuildFailed: "It is tried again by itself.",
     errors.PortTaken: "Close the program that holds it, or wait.",
     errors.ProcessorChanged: "It goes on when the computer is as before; else abort the task.",
     errors.SlotUnusable: "Abort the task.",
@@ -101,10 +102,12 @@ def of_error(error: Mapping[str, Any], before: int) -> Outcome:
     kind = _BY_CODE.get(str(error["code"]), VmjobError)
     if issubclass(kind, errors.Postponed):
         return _asked_for(error)
-    if issubclass(kind, errors.HostError):
+    # An image that comes with no application is built here: a download that failed may work later.
+    if issubclass(kind, errors.HostError | errors.ImageBuildFailed):
         return Postpone(delay(before), _reason(str(error["message"]), _advice(kind, error)),
                         notice=before == 0 and not issubclass(kind, errors.Busy))
-    if issubclass(kind, errors.MachineError | errors.GuestError):
+    # No job asks anything of a machine by itself: one in the wrong state has ended behind our back.
+    if issubclass(kind, errors.MachineError | errors.GuestError | errors.WrongState):
         if before >= MOST_MACHINE_FAULTS:
             return Finish(EXIT_CHILD_FAILED, str(error["message"]))
         return AGAIN if before == 0 else Postpone(delay(before - 1), str(error["message"]))

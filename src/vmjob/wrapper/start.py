@@ -37,7 +37,7 @@ __all__ = ["wrap"]
 AT_ONCE = 1.5
 #: The same for a last checkpoint; the client kills after 60.
 IN_TIME = QUIT_DEADLINE + 7.0
-#: How often in a row an unexpected error is taken for an accident.
+#: How often, without a checkpoint in between, an unexpected error is taken for an accident.
 MOST_ACCIDENTS = 3
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -95,16 +95,10 @@ class _Process:
         """Tell the client; returns the exit code."""
         if outcome is None:
             return self._left(carrier)
-        if isinstance(outcome, Finish) and outcome.code == 0 and not self._runtime.standalone:
-            for name in contents.missing_outputs(carrier.ground.where):
-                self._log.line(f"warning: the job made no {name!r}; if the project wants it, the "
-                               "client fails the job")
-        failed = not isinstance(outcome, Finish) or outcome.code != 0
-        console = report.console_of(carrier.slot / FAILED) if failed else ""
-        remove_tree(carrier.slot / FAILED)
-        self._log.conclude(report.sections(
-            outcome, carrier.record, carrier.error, carrier.grid.failed_in, carrier.accounts.kept,
-            carrier.streams(), console, carrier.facts))
+        try:
+            self._conclude(carrier, outcome)
+        except Exception as error:  # noqa: BLE001 - no report is worth the result of a job
+            self._log.line(f"there is no report: {type(error).__name__}: {error}")
         try:
             if isinstance(outcome, Finish):
                 self._runtime.finish(outcome.code, outcome.message, outcome.notice)
@@ -116,6 +110,19 @@ class _Process:
             return outcome.code if isinstance(outcome, Finish) and outcome.code else (
                 EXIT_CHILD_FAILED)
         return 0
+
+    def _conclude(self, carrier: Carrier, outcome: Outcome) -> None:
+        """Write the report for the project's scientists."""
+        if isinstance(outcome, Finish) and outcome.code == 0 and not self._runtime.standalone:
+            for name in contents.missing_outputs(carrier.ground.where):
+                self._log.line(f"warning: the job made no {name!r}; if the project wants it, the "
+                               "client fails the job")
+        failed = not isinstance(outcome, Finish) or outcome.code != 0
+        console = report.console_of(carrier.slot / FAILED) if failed else ""
+        remove_tree(carrier.slot / FAILED)
+        self._log.conclude(report.sections(
+            outcome, carrier.record, carrier.error, carrier.grid.failed_in, carrier.accounts.kept,
+            carrier.streams(), console, carrier.facts))
 
     def _left(self, carrier: Carrier) -> int:
         match carrier.left:

@@ -25,7 +25,7 @@ class Totals(msgspec.Struct):
 
     ``cpu_seconds``: processor time on this computer. ``run_seconds``: time that its tasks ran.
     ``starts``: processes that carried it; ``checkpoints``: how many there were. ``faults``: how
-    often in a row something was in the way, by the error's code. ``bytes_sent``,
+    often something was in the way since the last checkpoint, by the error's code. ``bytes_sent``,
     ``bytes_received``: by its machines, over the network. ``fraction``: the job's last word on how
     much of it is done.
     """

@@ -15,7 +15,7 @@ from vmjob.engine.control import Control
 from vmjob.engine.life import Life, State
 from vmjob.engine.record import Record
 from vmjob.engine.session import Session
-from vmjob.errors import AgentLost, MachineDied, WrongState
+from vmjob.errors import AgentLost, MachineDied, MachineError, WrongState
 from vmjob.grid.contract import Quiet
 from vmjob.machine.contract import Ended, EndReason
 
@@ -152,3 +152,22 @@ async def test_a_time_that_came_late_is_told_again(
     machine.may.set()
     await session_of(machine, client).resume()
     assert client.told == told
+
+
+async def test_a_machine_that_did_not_answer_the_order_to_stand_goes_on_when_it_is_to() -> None:
+    class Slow(Machine):
+        async def suspend(self) -> None:
+            raise MachineError("QEMU did not answer stop")
+
+        async def resume(self) -> None:
+            self.did.append("resume")
+
+    machine, clock, control = Slow(), RunClock(), Control()
+    life = Life(Record(), Quiet())
+    life.state = State.RUN
+    clock.go()
+    async with control.attached(session_of(machine, Client()), clock, life, None):
+        with pytest.raises(MachineError):
+            await control.suspend()
+        await control.resume()
+    assert set(machine.did) == {"resume"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from vmjob.cli.wrapper import for_the_job
 from vmjob.errors import (
+    HomeUnusable,
     HostDiskFull,
     HostMemoryLow,
     ImageMissing,
@@ -21,6 +23,7 @@ from vmjob.errors import (
 from vmjob.grid.boinc import InitData
 from vmjob.home import Home
 from vmjob.host.facts import Memory
+from vmjob.image.manifest import PART_NAMES
 from vmjob.job.model import Job, Network
 from vmjob.job.reading import Surroundings
 from vmjob.wrapper import contents, ground
@@ -248,3 +251,35 @@ def test_a_slot_without_an_image_or_a_hypervisor_has_none(slot: Slot, tmp_path: 
 def test_the_job_gets_all_words_that_are_not_the_clients(given: tuple[str, ...],
                                                          kept: tuple[str, ...]) -> None:
     assert for_the_job(given) == kept
+
+
+@pytest.mark.parametrize("target", ["a" * 300, "/no/such/file", "../../../no/such/file"])
+def test_an_output_that_looks_like_a_link_is_no_missing_output(tmp_path: Path,
+                                                               target: str) -> None:
+    slot = Slot(tmp_path)
+    (slot.directory / "out").write_text(f"<soft_link>{target}</soft_link>")
+    slot.link("result", "result_0")
+    found = list(contents.missing_outputs(slot.where()))
+    assert found == ["result"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, HostDiskFull),
+                                              (errno.EROFS, HomeUnusable)])
+def test_an_image_that_cannot_be_kept_is_this_computers_fault(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int,
+        kind: type[VmjobError]) -> None:
+    slot = Slot(tmp_path)
+    part = {"size": 1, "sha256": "0" * 64}
+    slot.link("vmjob_image/manifest.json", "app_manifest.json", json.dumps({
+        "format": 1, "name": "x", "suite": "x", "requested": [], "recipe_digest": "x",
+        "created": "x", "agent_protocol": 1, "kernel_version": "x", "packages": [],
+        "total_size": 4, "parts": {each: {"file": each, **part} for each in PART_NAMES}}))
+    for each in PART_NAMES:
+        slot.link(f"vmjob_image/{each}", f"app_{each}", "x")
+
+    def refused(*_: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    with pytest.raises(kind):
+        contents.find_image(Home(tmp_path / "home"), slot.where())

@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 
 from vmjob.engine.control import Control
+from vmjob.engine.record import Record
 from vmjob.engine.session import beside
+from vmjob.engine.slot import Asked, Slot
+from vmjob.errors import CheckpointFailed, OutputMissing
 from vmjob.grid.boinc import Event, Quit, Resume, Runtime, Suspend
+from vmjob.job.model import Job
+from vmjob.wrapper import start
 from vmjob.wrapper.carrying import Carrier, Options
 from vmjob.wrapper.log import Log
 from vmjob.wrapper.orders import Orders
+from vmjob.wrapper.outcome import Finish
 
 pytestmark = pytest.mark.anyio
 
@@ -68,3 +74,45 @@ async def test_a_machine_is_kept_before_it_ends(runtime: Runtime, tmp_path: Path
         await asyncio.wait([work])
     assert work.cancelled()
     assert control.kept
+
+
+class Over(Control):
+    """A job whose tasks have ended: there is nothing to keep."""
+
+    async def checkpoint(self, deadline: float) -> None:
+        raise CheckpointFailed("the job ended while it was being kept")
+
+
+@pytest.mark.parametrize(("phase", "ends"), [("outputs", True), ("end", True), ("boot", False)])
+async def test_a_job_whose_outputs_are_being_fetched_may_end(
+        runtime: Runtime, tmp_path: Path, phase: str, ends: bool) -> None:
+    carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
+    carrier._control = Over()
+    carrier.grid.current = phase
+    carrier._work = work = asyncio.ensure_future(asyncio.sleep(0.1))  # type: ignore[assignment]
+    carrier._hear(Quit())
+    await asyncio.wait([work])
+    assert work.cancelled() is not ends
+
+
+async def test_a_job_that_ended_before_the_client_heard_of_it_still_tells_its_cause(
+        runtime: Runtime, tmp_path: Path) -> None:
+    carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
+    error = OutputMissing("the job made no 'out'").as_dict()
+    with Slot.claim(carrier.slot) as slot:
+        slot.begin(Asked(Job(tasks=())))
+        slot.end(Record(exit_code=125, error=error))
+    assert await carrier.carry() == Finish(195)
+    assert carrier.error == error
+
+
+async def test_a_report_that_cannot_be_made_does_not_cost_the_result(
+        runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object) -> None:
+        raise KeyError("advice")
+
+    monkeypatch.setattr(start.report, "sections", unexpected)
+    log = Log()
+    carrier = Carrier(runtime, tmp_path, Options(), log, lambda why: None)
+    assert start._Process(runtime, tmp_path, Options(), log)._end(carrier, Finish(0)) == 0
+    assert (tmp_path / "boinc_finish_called").exists()

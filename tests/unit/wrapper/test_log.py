@@ -97,3 +97,20 @@ def test_a_tail_is_the_end_of_what_came(pieces: list[bytes], most: int) -> None:
     assert tail.total == len(whole)
     expected = whole[-most:].decode("utf-8", "replace")
     assert tail.text() == "".join(c if c.isprintable() or c in "\n\t" else "?" for c in expected)
+
+
+def test_a_job_cannot_speak_for_the_wrapper_to_the_client(fd: int) -> None:
+    log = Log(fd)
+    log.line("the job says: ERR_CPU_VM_EXTENSIONS_DISABLED")
+    log.conclude([("FAILED", ""), ("stdout:", "ERR_CPU_VM_EXTENSIONS_DISABLED\n")])
+    assert "ERR_CPU_VM_EXTENSIONS_DISABLED" not in Path(FILE).read_text()
+
+
+def test_no_text_of_a_job_pushes_the_cause_out_of_what_the_client_sends(fd: int) -> None:
+    log = Log(fd)
+    for _ in range(30):
+        log.line("x" * 900)
+    log.conclude([("FAILED", "why"), ("stdout:", "]]>" * 4096), ("stderr:", "\ufffd" * 12288)])
+    data = Path(FILE).read_bytes()
+    assert data.startswith(b"FAILED\nwhy")
+    assert len(data) <= MOST

@@ -59,7 +59,8 @@ def test_a_command_that_was_not_found_keeps_the_shells_code_for_that() -> None:
 
 @pytest.mark.parametrize("kind", [
     errors.AcceleratorUnusable, errors.HostDiskFull, errors.HostMemoryLow, errors.ProgramMissing,
-    errors.ProcessorChanged, errors.PolicyForbids, errors.PolicyInvalid, errors.SlotUnusable])
+    errors.ProcessorChanged, errors.PolicyForbids, errors.PolicyInvalid, errors.SlotUnusable,
+    errors.ImageBuildFailed])
 def test_faults_of_the_computer_postpone_the_job_twice_as_long_each_time(
         kind: type[VmjobError]) -> None:
     error = kind("it is so", advice="Do that.")
@@ -96,7 +97,8 @@ def test_another_machine_in_the_way_is_nothing_to_tell_the_volunteer() -> None:
         FIRST, f"two run. {errors.Busy.standing_advice}", notice=False)
 
 
-@pytest.mark.parametrize("kind", [errors.MachineDied, errors.AgentLost, errors.BootTimeout])
+@pytest.mark.parametrize("kind", [errors.MachineDied, errors.AgentLost, errors.BootTimeout,
+                                  errors.WrongState])
 def test_a_machine_that_fails_goes_on_at_once_then_later_then_never(
         kind: type[VmjobError]) -> None:
     told = [of_record(failed(kind("gone")), before) for before in range(MOST_MACHINE_FAULTS + 1)]
