@@ -17,8 +17,23 @@ IGNORED = {"--use_tstp": 0, "--device": 1, "--verbose": 0}
 PASSTHROUGH = "--passthrough_child"
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True,
-                                 "allow_interspersed_args": True})
+class _Wrapper(click.Command):
+    """Leaves to the job what is the job's: all after `PASSTHROUGH`, and a --help among its words.
+
+    Help that is printed ends a process with 0, and the client would start it a hundred times.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args != ["--help"]:
+            ctx.help_option_names = []
+        at = args.index(PASSTHROUGH) if PASSTHROUGH in args else len(args)
+        rest = super().parse_args(ctx, args[:at])
+        ctx.params["arguments"] = (*ctx.params["arguments"], *args[at:])
+        return rest
+
+
+@click.command(cls=_Wrapper, context_settings={
+    "ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True})
 @click.option("--nthreads", type=float, metavar="N", help="Virtual processors of the machine.")
 @click.option("--memory_size_mb", type=float, metavar="MB", help="Memory of the machine, MiB.")
 @click.option("--vmimage", type=int, metavar="N", help="Use vm_image_N.vdi as the job's disk.")

@@ -179,7 +179,9 @@ class ImageStore:
             if not path.is_file():
                 raise ImageMissing(f"the image {made.name!r} lacks its file {file!r}",
                                    advice="Package the application version again.")
-        name = ADOPTED + Image("", described.parent, made).digest[:16]
+        # Two applications may have one image under different names; each has its own links.
+        mark = repr((Image("", described.parent, made).digest, sorted(map(str, files.values()))))
+        name = ADOPTED + hashlib.sha256(mark.encode()).hexdigest()[:16]
         target = self._home.images / name
         with self._building(name):
             self._forget_lost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Accounts:
         self._log = log
         self._usage = Usage()
         self._passed = (0, 0)
+        self._told = False
         self._warned = False
         self._shows = is_there(GRAPHICS_APP, ground.where)
         self.kept = kept
@@ -72,7 +74,7 @@ class Accounts:
         self._count_traffic()
         self._runtime.report(Status(
             cpu_seconds=kept.cpu_seconds, fraction_done=kept.fraction,
-            other_pid=self._control.pid, memory_bytes=now.memory_bytes,
+            other_pid=self._announced(), memory_bytes=now.memory_bytes,
             bytes_sent=kept.bytes_sent, bytes_received=kept.bytes_received,
             want_network=self._control.has_network))
         if self._shows:
@@ -80,6 +82,15 @@ class Accounts:
                 self._runtime.status_file(
                     cpu_seconds=kept.cpu_seconds, elapsed_seconds=kept.run_seconds,
                     fraction_done=kept.fraction or 0.0)
+
+    def _announced(self) -> int | None:
+        """The machine's process. The client kills it when we have ended, so once it has ended
+        another is named in its place: ours, before somebody else has its number.
+        """
+        if (pid := self._control.pid) is not None:
+            self._told = True
+            return pid
+        return os.getpid() if self._told else None
 
     def fault(self, code: str) -> int:
         """Something was in the way: how often it was before, since the last checkpoint.

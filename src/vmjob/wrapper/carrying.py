@@ -182,7 +182,7 @@ class Carrier:
             if slot.has_job:
                 asked = slot.asked()
                 job, accel, cpu = asked.job, asked.accel, asked.cpu
-                rules.check(job)
+                rules.check_begun(job)
             else:
                 job = ground.job(rules)
             self._know(job)

@@ -56,6 +56,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise self._forbids(f"the job needs {job.memory_mb} MiB of memory; at most "
                                 f"{self.memory_mb} are allowed")
 
+    def check_begun(self, job: Job) -> None:
+        """The same for a job that has begun, whose machine keeps the processors that it has."""
+        self.check(job)
+        if self.cpus is not None and job.cpus > self.cpus:
+            raise self._forbids(f"the job has begun with {job.cpus} processors; at most "
+                                f"{self.cpus} are allowed now")
+
     def allowed(self, *, emulation: bool) -> frozenset[str]:
         """The accelerators that may be used; ``emulation``: whether the project allows it."""
         if self.accelerators is not None:

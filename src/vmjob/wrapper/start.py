@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vmjob.errors import VmjobError
 from vmjob.grid.boinc import (
+    ChannelsUnusable,
     Runtime,
     SlotTaken,
     SlotUnusable,
@@ -61,9 +62,16 @@ def wrap(options: Options) -> int:
         with contextlib.suppress(OSError):
             write_temporary_exit(directory, FIRST, "another instance holds the slot")
         return 0
-    except (SlotUnusable, OSError) as error:
+    except ChannelsUnusable as error:  # the application version's fault, on every computer
         log.line(f"the slot cannot be used: {error}")
         return EXIT_INIT_FAILURE
+    except (SlotUnusable, OSError) as error:
+        log.line(f"the slot cannot be used: {error}")
+        try:
+            write_temporary_exit(directory, FIRST, f"the slot cannot be used: {error}")
+        except OSError:
+            return EXIT_INIT_FAILURE
+        return 0
 
 
 class _Process:
@@ -75,10 +83,12 @@ class _Process:
         self._options = options
         self._log = log
         self._signal: int | None = None
+        self._carrier: Carrier | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         carrier = Carrier(self._runtime, self._directory, self._options, self._log, self._in_time)
+        self._carrier = carrier
         for number in SIGNALS:
             loop.add_signal_handler(number, self._signalled, carrier, number)
         outcome: Outcome | None
@@ -158,6 +168,8 @@ class _Process:
     def _in_time(self, why: Left) -> None:
         """End the process in time, whatever its loop and its threads wait for."""
         def leave() -> None:
+            if self._carrier is not None:
+                self._carrier.accounts.save()
             if why is Left.ABORT:
                 remove_tree(self._directory / SLOT)
             os._exit(EXIT_ABORTED_BY_CLIENT if why is Left.ABORT else 0)

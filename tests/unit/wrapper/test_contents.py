@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vmjob.cli.wrapper import for_the_job
+from vmjob.cli.wrapper import wrapper as command
 from vmjob.errors import (
     HomeUnusable,
     HostDiskFull,
@@ -27,6 +28,7 @@ from vmjob.image.manifest import PART_NAMES
 from vmjob.job.model import Job, Network
 from vmjob.job.reading import Surroundings
 from vmjob.wrapper import contents, ground
+from vmjob.wrapper.options import Options
 from vmjob.wrapper.policy import Policy
 
 TOML = """
@@ -283,3 +285,20 @@ def test_an_image_that_cannot_be_kept_is_this_computers_fault(
     monkeypatch.setattr(Path, "symlink_to", refused)
     with pytest.raises(kind):
         contents.find_image(Home(tmp_path / "home"), slot.where())
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    (["--help", "x"], ("--help", "x")), (["a", "--help"], ("a", "--help")),
+    (["--nthreads", "2", "--passthrough_child", "--nthreads", "3"], ("--nthreads", "3"))])
+def test_words_that_are_the_jobs_are_no_options_of_ours(
+        monkeypatch: pytest.MonkeyPatch, given: list[str], kept: tuple[str, ...]) -> None:
+    options: list[Options] = []
+    monkeypatch.setattr("vmjob.wrapper.start.wrap", lambda found: options.append(found) or 0)
+    monkeypatch.setattr("vmjob.cli.wrapper.leave", lambda code: None)
+    command.main(given, standalone_mode=False)
+    assert [each.arguments for each in options] == [kept]
+
+
+def test_help_alone_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--help"], standalone_mode=False)
+    assert "Carry the job of a BOINC slot" in capsys.readouterr().out

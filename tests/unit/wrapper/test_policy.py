@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def test_what_is_forbidden_is_refused_and_the_file_is_named(tmp_path: Path, text
     path = written(tmp_path / "p.toml", text)
     with pytest.raises(PolicyForbids, match=str(path)):
         read([path]).check(job)
+
+
+def test_a_job_that_has_begun_with_more_processors_than_are_allowed_now_waits() -> None:
+    Policy(cpus=2).check_begun(replace(JOB, cpus=2))
+    with pytest.raises(PolicyForbids, match="begun with 2 processors"):
+        Policy(cpus=1).check_begun(replace(JOB, cpus=2))
+    with pytest.raises(PolicyForbids, match="not allowed"):
+        Policy(allow=False).check_begun(JOB)
 
 
 def test_accelerators_of_the_policy_are_all_that_may_be_used(tmp_path: Path) -> None:
