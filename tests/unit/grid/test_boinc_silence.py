@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmjob.grid.boinc import Event, InitData, Quit
+from vmjob.grid.boinc import Event, InitData, Quit, Suspend
 from vmjob.grid.boinc.channels import LENGTH, Channel, Channels
 from vmjob.grid.boinc.incoming import MOST_SILENT, Incoming
 from vmjob.grid.boinc.watch import ClientWatch
@@ -39,6 +39,13 @@ def test_a_client_that_has_fallen_silent_wants_us_to_leave(
     assert Quit() not in heard
     silence(incoming, 3 * MOST_SILENT)
     assert heard.count(Quit()) == 1
+
+
+def test_a_client_that_ends_before_its_first_heartbeat_has_spoken_too(
+        incoming: Incoming, channels: Channels, heard: list[Event]) -> None:
+    assert channels.put(Channel.PROCESS_CONTROL_REQUEST, "<suspend/>")
+    silence(incoming, MOST_SILENT + 1)
+    assert heard == [Suspend(), Quit()]
 
 
 def test_a_client_that_never_spoke_is_not_silent(incoming: Incoming, heard: list[Event]) -> None:

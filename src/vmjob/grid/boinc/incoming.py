@@ -37,7 +37,7 @@ class Incoming:
         self._watch = watch
         self._deliver = deliver
         self._memory: events.Memory | None = None
-        #: Looks since the last heartbeat; None: there never was one.
+        #: Looks since the last sign of life; None: nothing was ever heard.
         self._silent: int | None = None
         #: Files that have been told; the client rewrites one with another time.
         self._told: set[tuple[str, int]] = set()
@@ -57,6 +57,7 @@ class Incoming:
             self._deliver(events.ClientGone())
             return
         if (text := self._channels.get(Channel.PROCESS_CONTROL_REQUEST)) is not None:
+            self._silent = 0  # it may be about to end before its first heartbeat
             for command in messages.commands(text):
                 self._control(command)
         if (text := self._channels.get(Channel.HEARTBEAT)) is not None:
