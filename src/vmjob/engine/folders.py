@@ -16,7 +16,6 @@ import msgspec
 
 from vmjob.engine.agreement import Pair, Plan, make_plan, same_content
 from vmjob.engine.folderside import (
-    INIT_DATA,
     Journal,
     Outgoing,
     Sent,
@@ -34,6 +33,7 @@ from vmjob.guest.agent.parcels import ANYTHING
 from vmjob.guest.client import AgentClient
 from vmjob.guest.folders import split_names
 from vmjob.job.files import Folder
+from vmjob.job.secrets import INIT_DATA
 
 __all__ = ["Mirror"]
 

@@ -29,12 +29,11 @@ from vmjob.guest.agent.folders import (
 from vmjob.guest.agent.tree import TreeError, TreeSender, record
 from vmjob.guest.agent.wire import MAX_REQUEST_PIECE
 from vmjob.job.files import Folder
+from vmjob.job.secrets import INIT_DATA
 
-__all__ = ["INIT_DATA", "Journal", "Outgoing", "Sent", "link_target", "make_directories", "pack",
+__all__ = ["Journal", "Outgoing", "Sent", "link_target", "make_directories", "pack",
            "place", "prepare", "staging"]
 
-#: The file of BOINC's that holds the account's secrets, wherever it lies.
-INIT_DATA = "init_data.xml"
 #: A file of BOINC's that stands for another: ``<soft_link>PATH</soft_link>`` in its first line.
 SOFT_LINK = re.compile(rb"[^\r\n]*<soft_link>([^<\r\n]+)")
 #: Longest one, bytes.

@@ -32,6 +32,7 @@ from vmjob.grid.contract import Grid
 from vmjob.home import Home
 from vmjob.host import durable
 from vmjob.job.model import Job
+from vmjob.job.secrets import INIT_DATA, redacted_bytes
 from vmjob.machine.contract import Driver, MachineSpec
 
 if TYPE_CHECKING:
@@ -196,7 +197,12 @@ async def _begun(home: Home, request: Request, grid: Grid,
 
 async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
     for given in job.inputs:
-        await session.client.put(given.source, given.destination,
+        source = given.source
+        if source.name == INIT_DATA and source.is_file():  # as in a folder: without the secrets
+            content = await anyio.to_thread.run_sync(source.read_bytes)
+            source = session.machine.spec.directory / INIT_DATA
+            source.write_bytes(redacted_bytes(content))
+        await session.client.put(source, given.destination,
                                  functools.partial(grid.transferred, str(given.source)))
 
 

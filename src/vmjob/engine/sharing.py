@@ -21,7 +21,7 @@ from vmjob.errors import HostDiskFull, HostError, MachineError, Postponed, Vmjob
 from vmjob.grid.contract import Grid
 from vmjob.host import below
 from vmjob.job.model import SHARED, Job, Triggers
-from vmjob.job.secrets import redacted
+from vmjob.job.secrets import redacted_bytes
 from vmjob.job.triggers import Postponement
 
 __all__ = ["Sharing"]
@@ -45,7 +45,7 @@ class Sharing:
         self._triggers: TriggerWatch | None = None
         self._mirrors = {
             folder.name: Mirror(
-                folder, session.client, redact=_redact, warn=grid.warning,
+                folder, session.client, redact=redacted_bytes, warn=grid.warning,
                 known=known.get(folder.name),
                 journal=slot.root / f"{folder.name}{JOURNAL}" if slot else None,
                 base=folder.base)
@@ -153,8 +153,3 @@ def _names(triggers: Triggers) -> list[str]:
 
 def _sent(slot: Slot | None) -> Path | None:
     return slot.root / SENT if slot else None
-
-
-def _redact(content: bytes) -> bytes:
-    text: str = redacted(content.decode("utf-8", "replace"))
-    return text.encode()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["redacted"]
+__all__ = ["INIT_DATA", "redacted", "redacted_bytes"]
+
+#: The file of BOINC's that holds the account's secrets, wherever it lies.
+INIT_DATA = "init_data.xml"
 
 #: Tags whose content is a secret: BOINC's own, and names that cannot mean anything else.
 _SECRET = re.compile(
@@ -33,6 +36,11 @@ def redacted(init_data: str) -> str:
         known = "|".join(map(re.escape, sorted(values, key=len, reverse=True)[:_MOST_VALUES]))
         kept = re.sub(rf"(<\s*/?\s*[^\s<>]*)|{known}", lambda match: match[1] or "", kept)
     return _TAGS_ON_ONE_LINE.sub(r"\1\n", kept)
+
+
+def redacted_bytes(content: bytes) -> bytes:
+    """The same for a file's content."""
+    return redacted(content.decode("utf-8", "replace")).encode()
 
 
 def _without_secrets(text: str) -> tuple[str, set[str]]:

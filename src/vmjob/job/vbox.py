@@ -32,7 +32,7 @@ from vmjob.job.model import (
     Triggers,
 )
 from vmjob.job.reading import Finding, Level, Reading, Surroundings
-from vmjob.job.secrets import redacted
+from vmjob.job.secrets import INIT_DATA, redacted
 from vmjob.job.vbox_elements import (
     CONTROLLER_MODELS,
     CONTROLLER_TYPES,
@@ -59,7 +59,6 @@ MOST_FORWARDS = 1024
 #: A checkpoint less often than this is a slip, or meant as `disable_automatic_checkpoints`.
 RARE = 86_400.0
 
-INIT_DATA = "init_data.xml"
 WITHOUT_DISK = "without a disk image of its own the job runs boinc_app in vmjob's"
 
 #: What a slot that is shared as a whole keeps to itself: the client's files, vboxwrapper's, ours.

@@ -37,7 +37,7 @@ IMAGE = "vmjob_image"
 HOME = "vmjob"
 QEMU = "vmjob_qemu.tar.gz"
 #: What is ours or the client's in a slot, and no business of the job's.
-OURS = ("vmjob", "vmjob_*", "init_data.xml", "boinc_mmap_file", "boinc_lockfile",
+OURS = ("vmjob", "vmjob_*", "boinc_mmap_file", "boinc_lockfile",
         "boinc_setup_complete", "boinc_finish_called", "boinc_temporary_exit",
         "boinc_task_state.xml", "boinc_ufr_*", "boinc_ufs_*", "stderr.txt", "graphics_status.xml",
         "trickle_up.xml")
@@ -91,6 +91,11 @@ def read_job(where: Surroundings) -> tuple[Job, list[Finding]]:
 
 def _here(job: Job, where: Surroundings) -> Job:
     """The job with the slot's links followed: files stand where the client wants them."""
+    for each in job.inputs:
+        if where.directory.is_relative_to(each.source):
+            raise JobFileInvalid(
+                "the slot itself is no input: it holds the client's files, and the account's key",
+                advice="Name the files, or share the slot as a folder.")
     inputs = tuple(replace(each, source=_file(each.source, where)) for each in job.inputs)
     outputs = tuple(replace(each, destination=_file(each.destination, where))
                     for each in job.outputs)

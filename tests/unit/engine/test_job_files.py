@@ -14,7 +14,7 @@ from vmjob.engine.run import Request, Survival, run_job
 from vmjob.engine.slot import Asked, Slot
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
-from vmjob.job.files import Folder
+from vmjob.job.files import Folder, Input
 from vmjob.job.model import Forward, Hardware, Job, Network, Task, Triggers
 from vmjob.machine.contract import MachineSpec
 from vmjob.machine.fake import FakeDriver
@@ -136,6 +136,17 @@ async def test_a_job_whose_heart_stops_ends_with_an_error(bench: Bench) -> None:
     assert record.exit_code == 125
     assert record.error is not None
     assert record.error["code"] == "heartbeat-stopped"
+
+
+async def test_the_accounts_key_does_not_go_in_as_an_input_either(bench: Bench) -> None:
+    given = bench.place / "init_data.xml"
+    given.write_text("<app_init_data>\n<user_name>ann</user_name>\n"
+                     "<authenticator>0123456789abcdef</authenticator>\n</app_init_data>\n")
+    await bench.run("cp data shared/seen", inputs=(Input(given, "data"),))
+    seen = (bench.shared / "seen").read_text()
+    assert "<user_name>ann</user_name>" in seen
+    assert "0123456789abcdef" not in seen
+    assert "0123456789abcdef" in given.read_text()
 
 
 # -- duration, trickles ------------------------------------------------------------------------

@@ -102,6 +102,14 @@ def test_a_link_that_leads_out_of_the_project_is_no_input(slot: Slot, tmp_path: 
         contents.read_job(slot.where())
 
 
+def test_the_slot_itself_is_no_input(slot: Slot) -> None:
+    """It holds the account's key."""
+    for words in ('["."]', f'["{slot.directory.parent}"]'):
+        slot.link("vmjob.toml", "toml", TOML.replace('["in", "data/table"]', words))
+        with pytest.raises(JobFileInvalid):
+            contents.read_job(slot.where())
+
+
 def test_the_first_job_file_counts_and_none_is_an_error(slot: Slot) -> None:
     with pytest.raises(JobFileInvalid, match=r"vbox_job\.xml"):
         contents.read_job(slot.where())
