@@ -9,8 +9,8 @@ from typing import Any
 
 from vmjob.project.version import AppVersion
 
-__all__ = ["ABORTED", "COMPUTE_ERROR", "UPLOADED", "Event", "InputFile", "Job", "Offer", "Result",
-           "ServedFile", "Trickle"]
+__all__ = ["ABORTED", "COMPUTE_ERROR", "UPLOADED", "Event", "InputFile", "Job", "Offer", "Reported",
+           "Result", "ServedFile", "Trickle"]
 
 #: States of a result, as the client reports them (``lib/common_defs.h``).
 DOWNLOAD_ERROR, COMPUTE_ERROR, UPLOADED, ABORTED = 1, 3, 5, 6
@@ -72,11 +72,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What the client reported. Times are seconds, sizes bytes; ``state`` 5 is success.
+class Reported:
+    """What the client reports of a job. Times are seconds, sizes bytes; ``state`` 5 is success.
 
     ``stderr_out`` is what the job wrote (the last 63 KB of it), ``message`` what the client says
-    about a failure. ``outputs``: logical name -> the uploaded file; those that came whole.
+    about a failure.
     """
 
     name: str
@@ -90,6 +90,12 @@ class Result:
     plan_class: str
     peak_memory: float
     peak_disk: float
+
+
+@dataclass(frozen=True)
+class Result(Reported):
+    """The same with ``outputs``: logical name -> the uploaded file; those that came whole."""
+
     outputs: dict[str, Path]
 
     @property

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vmjob.project.devserver.records import Trickle
+from vmjob.project.devserver.records import Reported, Trickle
 
-__all__ = ["MAX_BYTES", "HeldVersion", "Reported", "Request", "parse"]
+__all__ = ["MAX_BYTES", "HeldVersion", "Request", "parse"]
 
 #: A request has 30 KB and at most 64 KB of stderr for each result.
 MAX_BYTES = 16 << 20
@@ -20,23 +20,6 @@ MAX_ITEMS = 1000
 MAX_VALUE = 4096
 MAX_TRICKLE = 64 << 10
 _CDATA, _CDATA_END = "<![CDATA[", "]]>"
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A result as it stands in a request."""
-
-    name: str
-    state: int
-    exit_status: int
-    cpu_time: float
-    elapsed: float
-    stderr_out: str
-    message: str
-    version_num: int
-    plan_class: str
-    peak_memory: float
-    peak_disk: float
 
 
 @dataclass(frozen=True)

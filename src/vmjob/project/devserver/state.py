@@ -11,9 +11,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vmjob.project.devserver.records import Event, Job, Offer, Result, ServedFile, Trickle
+from vmjob.project.devserver.records import (
+    Event,
+    Job,
+    Offer,
+    Reported,
+    Result,
+    ServedFile,
+    Trickle,
+)
 from vmjob.project.devserver.reply import Assignment, Message, Reply
-from vmjob.project.devserver.request import Reported, Request
+from vmjob.project.devserver.request import Request
 from vmjob.project.signing import PublicKey
 
 __all__ = ["State"]
@@ -137,10 +145,7 @@ class State:
             return
         outputs = {logical: self._uploads / name for number, logical in enumerate(job.outputs)
                    if (name := job.output_name(number)) in self.uploaded}
-        self.results[job.name] = Result(
-            job.name, reported.state, reported.exit_status, reported.cpu_time, reported.elapsed,
-            reported.stderr_out, reported.message, reported.version_num, reported.plan_class,
-            reported.peak_memory, reported.peak_disk, outputs)
+        self.results[job.name] = Result(**vars(reported), outputs=outputs)
         self.event("report", name=job.name, exit_status=reported.exit_status, state=reported.state)
 
     def _work(self, request: Request) -> Iterable[Assignment]:
