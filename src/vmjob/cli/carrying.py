@@ -23,7 +23,6 @@ from vmjob.machine.contract import Priority
 if TYPE_CHECKING:
     from vmjob.engine.control import Control
     from vmjob.engine.record import Record
-    from vmjob.engine.run import Request
     from vmjob.engine.slot import Slot
     from vmjob.grid.events import Events
     from vmjob.grid.terminal import Terminal
@@ -116,7 +115,7 @@ async def carry(job: Job | None, how: How) -> int:
 async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Control,
                  grid: _Grid) -> Record:
     from vmjob.engine.clock import Pace
-    from vmjob.engine.run import Request, Survival, run_job
+    from vmjob.engine.run import Request, Survival, prepare, run_job
     from vmjob.machine.qemu.driver import QemuDriver
     from vmjob.shape import doubt, machine_shape
 
@@ -136,25 +135,10 @@ async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Con
                       keep=Path("vmjob-failed").absolute() if how.keep else None,
                       remote_ports=how.remote_ports)
     if how.prepare_only:
-        return await _prepare(home, request)
-    if not job.tasks:
-        from vmjob.engine.foreign import run_foreign
-
-        record = await run_foreign(home, request, grid)
-    else:
-        record = await run_job(home, request, grid)
+        return await prepare(home, request)
+    record = await run_job(home, request, grid)
     doubt(home, shape, record.error)
     return record
-
-
-async def _prepare(home: Home, request: Request) -> Record:
-    """Have the image and a frozen machine ready, so that the job starts at once later."""
-    from vmjob.engine.record import Record
-    from vmjob.engine.session import describe, open_session
-
-    async with open_session(home, request.driver, request.shape, cold=request.cold) as session:
-        return Record(exit_code=0, status="prepared", image=request.image_facts,
-                      machine=describe(session))
 
 
 def _grid(stack: contextlib.ExitStack, job: Job, how: How) -> tuple[_Grid, Events | None]:

@@ -13,9 +13,10 @@ import click
 from vmjob.cli.carrying import How, carry, leave
 from vmjob.cli.run import CHECKPOINT_EVERY
 from vmjob.errors import JobFileInvalid, UsageError
-from vmjob.job.model import SHARED, Job
+from vmjob.job.model import Job
 from vmjob.job.packages import with_packages
 from vmjob.job.reading import Level, Reading, Surroundings
+from vmjob.job.sporadic import sporadic as told_to_compute
 from vmjob.machine.contract import Priority
 
 __all__ = ["apart", "run", "wanted"]
@@ -97,9 +98,7 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
                   memory_mb=round(memory) if memory else job.memory_mb,
                   trickle_every=trickle or job.trickle_every)
     if sporadic:
-        job = replace(job, folders=tuple(
-            replace(folder, texts={**folder.texts, "ca": "2\n"}) if folder.name == SHARED
-            else folder for folder in job.folders))
+        job = told_to_compute(job)
     job = apart(with_packages(job), slot, None if events in (None, "-") else Path(events))
     how = How(accel=accel, cpu=cpu or job.cpu or "baseline", cold=cold, stdin=stdin, slot=slot,
               every=_every(job, checkpoint_every) if slot else None, slot_limit=slot_limit,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vmjob.engine.sharing import Sharing
     from vmjob.engine.slot import Slot
 
-__all__ = ["Request", "Survival", "run_job"]
+__all__ = ["Request", "Survival", "prepare", "run_job"]
 
 GIB = 1 << 30
 #: Seconds between looks at this computer's clock, and by how many it must have jumped.
@@ -90,8 +90,13 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     """Carry a job through its life; its record, whatever happened.
 
     Errors of vmjob are in the record, not raised; only a cancellation passes through, after
-    the machine is gone (a job with a slot can then be continued).
+    the machine is gone (a job with a slot can then be continued). One without tasks boots what it
+    brings.
     """
+    if not request.job.tasks:
+        from vmjob.engine.foreign import run_foreign
+
+        return await run_foreign(home, request, grid)
     record = Record(image=request.image_facts, machine=dict(request.machine_facts))
     life = Life(record, grid)
     failure: VmjobError | None = None
@@ -168,6 +173,13 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
             isinstance(failure, JobError) and not failure.retryable)):
         request.survival.slot.end(record)
     return record
+
+
+async def prepare(home: Home, request: Request) -> Record:
+    """Have a frozen machine ready, so that the job starts at once later; runs nothing of it."""
+    async with open_session(home, request.driver, request.shape, cold=request.cold) as session:
+        return Record(exit_code=0, status="prepared", image=request.image_facts,
+                      machine=describe(session))
 
 
 @contextlib.asynccontextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from vmjob.engine.clock import Pace
 from vmjob.engine.control import Control
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.run import Request, Survival, prepare, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import VmjobError
@@ -30,7 +30,6 @@ from vmjob.grid.boinc import (
     TrickleDown,
     Uploaded,
 )
-from vmjob.home import Home
 from vmjob.job.model import SHARED, Job
 from vmjob.machine.qemu.driver import QemuDriver
 from vmjob.shape import doubt
@@ -195,26 +194,16 @@ class Carrier:
                 if not slot.has_job:
                     slot.begin(Asked(job, made.shape.accelerator, made.shape.cpu_model, None))
                 self._pace.change(ground.pace(job))
-                self.record = await self._run(home, Request(
+                request = Request(
                     job, QemuDriver(), made.shape, made.image, {"accelerator_why": made.why},
                     survival=Survival(slot, self._pace, ground.disk_limit(slot)),
-                    control=self._control, keep=slot.root / FAILED))
+                    control=self._control, keep=slot.root / FAILED)
+                self.record = await (prepare(home, request) if self._options.prepare_only
+                                     else run_job(home, request, self.grid))
                 doubt(home, made.shape, self.record.error)
         self.error = self.record.error
         before = self.accounts.fault(str(self.error["code"])) if self.error is not None else 0
         return of_record(self.record, before)
-
-    async def _run(self, home: Home, request: Request) -> Record:
-        if self._options.prepare_only:
-            from vmjob.engine.session import describe, open_session
-
-            async with open_session(home, request.driver, request.shape) as session:
-                return Record(exit_code=0, status="prepared", machine=describe(session))
-        if request.job.tasks:
-            return await run_job(home, request, self.grid)
-        from vmjob.engine.foreign import run_foreign
-
-        return await run_foreign(home, request, self.grid)
 
     async def _keep(self, work: asyncio.Task[Outcome]) -> None:
         """Make a last checkpoint, if there is time for it, and leave."""

@@ -40,8 +40,6 @@ class ClientGrid(Quiet):
         self.streams = {"stdout": Tail(TAIL), "stderr": Tail(TAIL)}
         #: Phase of the job's life; and the last one before its end.
         self.current = self.failed_in = ""
-        self.title = ""
-        self.wants_network = False
 
     def phase(self, name: str) -> None:
         self.current = name
@@ -51,8 +49,7 @@ class ClientGrid(Quiet):
             self._log.line(TOLD[name])
 
     def task(self, title: str, number: int, count: int) -> None:
-        self.title = f"{title} ({number} of {count})" if count > 1 else title
-        self._log.line(f"the job runs: {self.title}")
+        self._log.line(f"the job runs: {title}" + (f" ({number} of {count})" if count > 1 else ""))
 
     async def output(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
         self.streams[stream].add(data)

@@ -24,12 +24,12 @@ from vmjob.image.store import Image, ImageStore
 from vmjob.job.files import Folder
 from vmjob.job.languages import read_file
 from vmjob.job.logical import is_there, resolve
-from vmjob.job.model import SHARED, Job
+from vmjob.job.model import Job
 from vmjob.job.reading import Finding, Level, Surroundings
 from vmjob.wrapper.policy import Policy
 
 __all__ = ["JOB_FILES", "allows_emulation", "find_image", "find_qemu", "home_of", "limited",
-           "missing_outputs", "read_job", "sporadic", "surroundings"]
+           "missing_outputs", "read_job", "surroundings"]
 
 JOB_FILES = ("vbox_job.xml", "job.xml", "vmjob.toml")
 IMAGE = "vmjob_image"
@@ -138,13 +138,6 @@ def limited(job: Job, policy: Policy, init: InitData | None, *, cpus: int | None
     if policy.cpus is not None:
         given = min(given, policy.cpus)
     return replace(job, cpus=min(given, os.cpu_count() or 1))
-
-
-def sporadic(job: Job) -> Job:
-    """Tell the job that it may compute now: ``shared/ca``."""
-    return replace(job, folders=tuple(
-        replace(each, texts={**each.texts, "ca": "2\n"}) if each.name == SHARED else each
-        for each in job.folders))
 
 
 def allows_emulation(init: InitData | None) -> bool:

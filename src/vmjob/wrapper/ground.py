@@ -17,6 +17,7 @@ from vmjob.home import Home
 from vmjob.host.facts import disk_free, memory
 from vmjob.job.model import Job
 from vmjob.job.packages import with_packages
+from vmjob.job.sporadic import sporadic
 from vmjob.machine.contract import MachineSpec, Priority
 from vmjob.machine.qemu import programs
 from vmjob.shape import machine_shape
@@ -71,7 +72,7 @@ class Ground:
         job = contents.limited(job, rules, self.init, cpus=self._options.cpus)
         if self._options.trickle_every is not None:
             job = replace(job, trickle_every=self._options.trickle_every)
-        job = with_packages(contents.sporadic(job) if self._options.sporadic else job)
+        job = with_packages(sporadic(job) if self._options.sporadic else job)
         job.check()
         return job
 

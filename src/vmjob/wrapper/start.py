@@ -94,9 +94,6 @@ class _Process:
         outcome: Outcome | None
         try:
             outcome = await carrier.carry()
-        except VmjobError as error:
-            carrier.error = error.as_dict()
-            outcome = Finish(EXIT_CHILD_FAILED)
         except Exception as error:  # noqa: BLE001 - the client must be told something
             outcome = self._accident(carrier, error)
         return self._end(carrier, outcome)
