@@ -34,7 +34,7 @@ for number in range(int(sys.argv[1])):
     while not os.path.exists(f"h{number}"):
         time.sleep(0.01)
     say("saw")
-    time.sleep(0.3)
+    time.sleep(0.3)  # the folder is at rest again
     with open(f"g{number}", "w") as file:
         file.write("x")
     say("wrote")

@@ -32,8 +32,7 @@ from vmjob.guest.agent.folders import Folder as Look
 from vmjob.guest.agent.parcels import ANYTHING
 from vmjob.guest.client import AgentClient
 from vmjob.guest.folders import split_names
-from vmjob.job.files import Folder
-from vmjob.job.secrets import INIT_DATA
+from vmjob.job.files import INIT_DATA, Folder
 
 __all__ = ["Mirror"]
 

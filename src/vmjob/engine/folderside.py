@@ -28,8 +28,7 @@ from vmjob.guest.agent.folders import (
 )
 from vmjob.guest.agent.tree import TreeError, TreeSender, record
 from vmjob.guest.agent.wire import MAX_REQUEST_PIECE
-from vmjob.job.files import Folder
-from vmjob.job.secrets import INIT_DATA
+from vmjob.job.files import INIT_DATA, Folder
 
 __all__ = ["Journal", "Outgoing", "Sent", "link_target", "make_directories", "pack",
            "place", "prepare", "staging"]

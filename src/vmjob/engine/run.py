@@ -31,8 +31,8 @@ from vmjob.errors import (
 from vmjob.grid.contract import Grid
 from vmjob.home import Home
 from vmjob.host import durable
+from vmjob.job.files import INIT_DATA
 from vmjob.job.model import Job
-from vmjob.job.secrets import INIT_DATA, redacted_bytes
 from vmjob.machine.contract import Driver, MachineSpec
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
     for given in job.inputs:
         source = given.source
         if source.name == INIT_DATA and source.is_file():  # as in a folder: without the secrets
+            from vmjob.job.secrets import redacted_bytes
+
             content = await anyio.to_thread.run_sync(source.read_bytes)
             source = session.machine.spec.directory / INIT_DATA
             source.write_bytes(redacted_bytes(content))

@@ -7,9 +7,11 @@ from pathlib import Path, PurePosixPath
 
 from vmjob.errors import BadPath, InputMissing, InputUnreadable
 
-__all__ = ["Folder", "Input", "Output", "check_guest_path", "check_input", "parse_input",
-           "parse_output"]
+__all__ = ["INIT_DATA", "Folder", "Input", "Output", "check_guest_path", "check_input",
+           "parse_input", "parse_output"]
 
+#: The file of BOINC's that holds the account's secrets, wherever it lies.
+INIT_DATA = "init_data.xml"
 #: What a folder that is kept in step may hold unless its job says otherwise: more than any job of
 #: the field has there, little enough that a guest can neither fill a disk nor keep a host busy.
 FOLDER_BYTES = 8 << 30

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["INIT_DATA", "redacted", "redacted_bytes"]
+__all__ = ["redacted", "redacted_bytes"]
 
-#: The file of BOINC's that holds the account's secrets, wherever it lies.
-INIT_DATA = "init_data.xml"
 
 #: Tags whose content is a secret: BOINC's own, and names that cannot mean anything else.
 _SECRET = re.compile(

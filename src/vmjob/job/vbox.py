@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vmjob.errors import BadPath
 from vmjob.job import values
-from vmjob.job.files import Folder
+from vmjob.job.files import INIT_DATA, Folder
 from vmjob.job.links import exists, read_bounded, resolved
 from vmjob.job.logical import resolve
 from vmjob.job.mailbox import mailbox
@@ -32,7 +32,7 @@ from vmjob.job.model import (
     Triggers,
 )
 from vmjob.job.reading import Finding, Level, Reading, Surroundings
-from vmjob.job.secrets import INIT_DATA, redacted
+from vmjob.job.secrets import redacted
 from vmjob.job.vbox_elements import (
     CONTROLLER_MODELS,
     CONTROLLER_TYPES,
