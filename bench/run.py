@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import chart, folders, inside, starts, survival
+from bench import chart, folders, inside, starts, survival, virtualbox
 from vmjob.home import Home
 from vmjob.image.recipe import Recipe
 from vmjob.image.store import ImageStore
@@ -62,6 +62,7 @@ def main() -> None:
         figures |= asyncio.run(survival.against_bare(home, image, place, runs))
         figures |= asyncio.run(survival.intrusion(home, runs))
         figures |= asyncio.run(folders.delays(home, place, runs))
+        figures |= asyncio.run(virtualbox.figures(home, min(runs, 3)))
         figures |= asyncio.run(inside.many_machines(home, 10, 256))
         figures |= asyncio.run(inside.many_machines(home, options.many, 128))
     report: dict[str, Any] = {

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import anyio
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from vmjob.errors import VmjobError
 from vmjob.home import Home, remove_tree
 from vmjob.machine.contract import BootParts, MachineSpec
 
 if TYPE_CHECKING:
+    from vmjob.guest.client import AgentClient
     from vmjob.image.store import Image
+    from vmjob.machine.contract import Machine
 
 # How long an example takes on a busy computer says nothing about what is tested.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,8 +34,14 @@ settings.load_profile("patient")
 
 #: Inherited by everything that this session starts.
 TOKEN = secrets.token_hex(8)
+#: Seconds for a test in VirtualBox's interpreter, the boot of the first machine included.
+INTERPRETED = 1200
 #: Seconds that processes of a finished test may take to go.
 GONE_DEADLINE = 10.0
+
+
+#: What tests have that are not parametrized.
+NO_PARAMETERS = SimpleNamespace(params={})
 
 
 @pytest.fixture
@@ -161,6 +174,50 @@ def vm_shape(vm_home: Home, default_image: Image) -> MachineSpec:
                        memory_mb=256, accelerator="tcg")
 
 
+@pytest.fixture(scope="session")
+def virtualbox() -> Path:
+    """The directory of a real VirtualBox's programs, which needs no kernel driver.
+
+    Machines need ``--vm-execution-engine=interpreter``. `script/virtualbox` builds it.
+    """
+    given = os.environ.get("VMJOB_VIRTUALBOX")
+    if not given:
+        pytest.skip(os.environ.get("VMJOB_TEST_NO_VIRTUALBOX")
+                    or "no real VirtualBox: VMJOB_VIRTUALBOX=$(script/virtualbox) builds one")
+    return Path(given)
+
+
+@pytest.fixture(scope="session")
+def in_virtualbox(virtualbox: Path, default_image: Image, image_home: Home) -> MachineSpec:
+    """The shape of machines on the real VirtualBox that are there at once.
+
+    Copies of one that was booted, which takes minutes, and frozen; it has a network. `lend` gives
+    it to other homes as well.
+    """
+    from vmjob.engine.freezing import lease
+    from vmjob.machine.virtualbox.driver import VirtualBoxDriver
+
+    shape = MachineSpec(id="", directory=image_home.root, boot=BootParts.of(default_image),
+                        memory_mb=256, accelerator="interpreter", network="nat")
+
+    async def template() -> Path:
+        with contextlib.closing(await lease(image_home, VirtualBoxDriver(), shape,
+                                            lambda phase: None)) as leased:
+            return leased.template.directory
+
+    return replace(shape, template=anyio.run(template))
+
+
+async def awake(machine: Machine, client: AgentClient, deadline: float) -> None:
+    """Wait for a machine's agent; that of a copy waits for us, too."""
+    from vmjob.guest.client import Identity
+
+    if machine.spec.template is not None:
+        await client.introduce(Identity.fresh(machine.spec.id, network=False), deadline)
+    else:
+        await client.hello(deadline)
+
+
 @pytest.fixture
 def no_virtual_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unit tests never start a virtual machine."""
@@ -169,11 +226,13 @@ def no_virtual_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a unit test starts a virtual machine")
 
     monkeypatch.setattr("vmjob.machine.qemu.programs.find", refuse)
+    monkeypatch.setattr("vmjob.machine.virtualbox.programs.find", refuse)
     real = subprocess.Popen.__init__
 
     def watched(self: object, args: object, *more: object, **options: object) -> None:
         words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)  # type: ignore[call-overload]
-        if any("qemu-system" in os.fsdecode(word) for word in words):
+        if any(name in os.fsdecode(word) for word in words
+               for name in ("qemu-system", "VBoxHeadless")):
             refuse()
         real(self, args, *more, **options)  # type: ignore[arg-type]
 
@@ -183,8 +242,29 @@ def no_virtual_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "virtualbox" in getattr(item, "fixturenames", ()) or (
+                "virtualbox" in getattr(item, "callspec", NO_PARAMETERS).params.values()):
+            item.add_marker("virtualbox")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(INTERPRETED))
+        if "science_image" in getattr(item, "fixturenames", ()):
+            item.add_marker("science")
         if "/tests/unit/" in str(item.path):
             item.add_marker(pytest.mark.usefixtures("no_virtual_machines"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None],
+                              ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """An error's context (a log's end, a hypervisor's words) stands beside its traceback."""
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    while error is not None:
+        if isinstance(error, VmjobError) and error.context and report.failed:
+            report.sections.append((f"context of {type(error).__name__}", "\n".join(
+                f"{name}: {value}" for name, value in error.context.items())))
+        error = error.__cause__
+    return report
 
 
 def eventually(condition: object, seconds: float = 10.0) -> bool:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from vmjob.engine.keeping import continued, keep, turn
+from vmjob.engine.pieces import in_pieces
 from vmjob.engine.progress import Progress
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.slot import AskedMachine, Slot
@@ -38,7 +39,7 @@ from vmjob.errors import MachineError, SlotUnusable, TimeLimit, UsageError, Wron
 from vmjob.guest.agent.wire import MAX_MESSAGES
 from vmjob.guest.client import SHORT_COMMAND, Entry, Limits, Sink, Stream, TaskEnd
 from vmjob.home import Home
-from vmjob.job.files import check_guest_path
+from vmjob.job.files import check_guest_path, is_directory
 from vmjob.machine.contract import Driver, MachineSpec, Priority, Status
 
 __all__ = ["AsyncMachine", "Kept", "Machine", "Result"]
@@ -113,21 +114,25 @@ class AsyncMachine:
     async def create(cls, *, image: str = "default", memory_mb: int = 512, cpus: int = 1,
                      disk_gb: int = 10, network: str = "none", accel: str = "auto",
                      cpu: str = "host", cold: bool = False, priority: str = "low",
-                     slot: PathLike | None = None, home: PathLike | None = None,
+                     hypervisor: str = "auto", slot: PathLike | None = None,
+                     home: PathLike | None = None,
                      driver: Driver | None = None) -> AsyncIterator[AsyncMachine]:
         """A fresh machine; it is gone, with all that it wrote, when the block ends.
 
         ``memory_mb`` in MiB, ``disk_gb`` in GiB (the most that it may write), ``network`` is
-        ``none`` or ``nat``, ``accel`` is ``auto``, ``kvm``, ``hvf``, ``whpx`` or ``tcg``.
-        ``cpu`` is ``host`` (the fastest), ``baseline`` (the same answers on every computer) or a
-        model of the hypervisor. The first machine of a shape is frozen when it is ready, which
-        takes some seconds; others start as its copies. With ``cold`` this one boots instead.
+        ``none`` or ``nat``. ``hypervisor`` is ``auto``, ``qemu`` or ``virtualbox``; ``accel`` is
+        ``auto``, or ``kvm``, ``hvf``, ``whpx``, ``tcg`` of the first, ``hm``, ``interpreter`` of
+        the second. ``cpu`` is ``host`` (the fastest), ``baseline`` (the same answers on every
+        computer) or a model of the hypervisor; VirtualBox has the first two. The first machine of
+        a shape is frozen when it is ready, which takes some seconds; others start as its copies.
+        With ``cold`` this one boots instead.
         With ``priority`` ``low`` its processors get what no other program wants; ``normal``: as
         much as any. ``slot`` is a directory for `checkpoint`; what was kept there before is
         forgotten (see `restore`). ``home`` defaults to ``VMJOB_HOME``. The default image is built
         when it is missing, which takes a minute. Raises any `VmjobError` but a `JobError`.
         """
-        asked = AskedMachine(image, memory_mb, cpus, disk_gb, network, accel, cpu, priority)
+        asked = AskedMachine(image, memory_mb, cpus, disk_gb, network, accel, cpu, priority,
+                             hypervisor)
         with contextlib.ExitStack() as stack:
             owned = None
             if slot is not None:
@@ -148,7 +153,7 @@ class AsyncMachine:
         is good, `Busy` when another process has the slot, `CheckpointNewer`, `ProcessorChanged`,
         and what `create` raises.
         """
-        if not Path(slot).is_dir():
+        if not is_directory(Path(slot)):
             raise SlotUnusable(f"there is no slot {slot}")
         with Slot.claim(Path(slot).absolute()) as owned:
             asked = owned.asked_machine()
@@ -166,13 +171,13 @@ class AsyncMachine:
         asked.check()
         place = Home(home)
         if driver is None:
-            from vmjob.machine.qemu.driver import QemuDriver
             from vmjob.shape import machine_shape
 
-            shape, _, _ = await machine_shape(
+            made = await machine_shape(
                 place, asked.image, asked.accel, memory_mb=asked.memory_mb, cpus=asked.cpus,
-                disk_gb=asked.disk_gb, network=asked.network, cpu=asked.cpu)
-            driver = QemuDriver()
+                disk_gb=asked.disk_gb, network=asked.network, cpu=asked.cpu,
+                hypervisor=asked.hypervisor)
+            shape, driver = made.spec, made.driver
         else:
             shape = MachineSpec(id="", directory=place.root, boot=None, memory_mb=asked.memory_mb,
                                 cpus=asked.cpus, disk_gb=asked.disk_gb, network=asked.network)
@@ -227,7 +232,7 @@ class AsyncMachine:
                 if stdin is None:
                     result = await _followed(session, task)
                 else:
-                    result = await _fed(session, task, _source(stdin))
+                    result = await _fed(session, task, in_pieces(stdin))
             if result is None:
                 await session.client.signal(task, signal.SIGKILL, why="time-limit")
                 raise TimeLimit(f"{argv[0]!r} did not end within {timeout:g} seconds",
@@ -431,26 +436,6 @@ async def _fed(session: Session, task: int,
         return await _followed(session, task)
 
 
-def _source(stdin: bytes | str | PathLike) -> Callable[[], Coroutine[Any, Any, bytes]]:
-    """Input in pieces; a path object's file is read piece by piece."""
-    if isinstance(stdin, os.PathLike):
-        file = Path(stdin).open("rb")  # noqa: SIM115 - closed with its last piece
-
-        async def read() -> bytes:
-            data = await anyio.to_thread.run_sync(file.read, 1 << 20)
-            if not data:
-                file.close()
-            return data
-
-        return read
-    pieces = iter([stdin.encode() if isinstance(stdin, str) else stdin])
-
-    async def given() -> bytes:
-        return next(pieces, b"")
-
-    return given
-
-
 class Machine:
     """A throw-away virtual machine, for code without asyncio; every method is as `AsyncMachine`'s.
 
@@ -466,13 +451,14 @@ class Machine:
     @contextlib.contextmanager
     def create(cls, *, image: str = "default", memory_mb: int = 512, cpus: int = 1,
                disk_gb: int = 10, network: str = "none", accel: str = "auto", cpu: str = "host",
-               cold: bool = False, priority: str = "low", slot: PathLike | None = None,
-               home: PathLike | None = None, driver: Driver | None = None) -> Iterator[Machine]:
+               cold: bool = False, priority: str = "low", hypervisor: str = "auto",
+               slot: PathLike | None = None, home: PathLike | None = None,
+               driver: Driver | None = None) -> Iterator[Machine]:
         """See `AsyncMachine.create`."""
         making = functools.partial(
             AsyncMachine.create, image=image, memory_mb=memory_mb, cpus=cpus, disk_gb=disk_gb,
-            network=network, accel=accel, cpu=cpu, cold=cold, priority=priority, slot=slot,
-            home=home, driver=driver)
+            network=network, accel=accel, cpu=cpu, cold=cold, priority=priority,
+            hypervisor=hypervisor, slot=slot, home=home, driver=driver)
         with cls._opened(making) as machine:
             yield machine
 

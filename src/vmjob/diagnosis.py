@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
 
 from vmjob.engine.templates import TemplateStore, cap
 from vmjob.errors import VmjobError
@@ -12,10 +13,19 @@ from vmjob.host import checkup
 from vmjob.host.checkup import Finding
 from vmjob.image.recipe import DEFAULT_NAME
 from vmjob.image.store import Image, ImageStore
+from vmjob.machine import proofs
 from vmjob.machine.contract import BootParts
 from vmjob.machine.qemu import accelerators, programs
+from vmjob.shape import HYPERVISORS, choose
 
-__all__ = ["diagnose"]
+__all__ = ["INTERPRETED", "INTERPRETER", "diagnose"]
+
+#: What is said of VirtualBox's interpreter where nothing else can run a job.
+INTERPRETER = "interpreter"
+#: How it is asked for: it is never taken by itself.
+INTERPRETED = "`--hypervisor virtualbox --accel interpreter`"
+#: What `vmjob.machine.virtualbox.checkup` calls the start of VirtualBox's machines.
+MACHINES = "VirtualBox's machines"
 
 #: Program -> what it is for; without these an image cannot be built.
 BUILDERS = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs"}
@@ -23,17 +33,19 @@ BUILDERS = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools", "mke2fs"
 
 def diagnose(home: Home, *, fresh: bool = False) -> list[Finding]:
     """Everything that decides whether a job can run here; problems are those that stop it."""
-    findings = [_qemu(), _program("qemu-img"), _program("setpriv")]
-    findings += [checkup.memory(), checkup.disk(home.root)]
-    image = _image(home, findings)
+    qemu = [_qemu(), _program("qemu-img")]
+    others = [_program("setpriv"), *_virtualbox(), checkup.memory(), checkup.disk(home.root)]
+    image = _image(home, others)
     if image is None:
-        findings.append(Finding("accelerators", "note", "not proved: that needs an image to boot",
-                                "Run `vmjob image build`, then `vmjob doctor` again."))
+        others.append(Finding("accelerators", "note", "not proved: that needs an image to boot",
+                              "Run `vmjob image build`, then `vmjob doctor` again."))
     else:
-        findings.append(_templates(home))
-    if image is not None and all(finding.state != "problem" for finding in findings):
-        findings += asyncio.run(_accelerators(home, image, fresh))
-    return findings
+        others.append(_templates(home))
+        if not _problems(others):
+            return asyncio.run(_proved(home, image, qemu, others, fresh))
+    if _is_ok(others, MACHINES):  # what a boot would tell; building an image takes qemu-img
+        qemu = [*_as_notes(qemu[:1]), *qemu[1:]]
+    return qemu + others
 
 
 def _qemu() -> Finding:
@@ -49,6 +61,12 @@ def _program(name: str) -> Finding:
         return Finding(name, "ok", programs.find(name))
     except VmjobError as error:
         return Finding(name, "problem", error.message, error.advice)
+
+
+def _virtualbox() -> list[Finding]:
+    from vmjob.machine.virtualbox import checkup as virtualbox
+
+    return virtualbox.findings(virtualbox.look())
 
 
 def _image(home: Home, findings: list[Finding]) -> Image | None:
@@ -86,13 +104,38 @@ def _templates(home: Home) -> Finding:
     return Finding("templates", "ok", text)
 
 
-async def _accelerators(home: Home, image: Image, fresh: bool) -> list[Finding]:
+async def _proved(home: Home, image: Image, qemu: list[Finding], others: list[Finding],
+                  fresh: bool) -> list[Finding]:
+    """With what boots tell. QEMU stops no job where jobs would not use it."""
     boot = BootParts.of(image)
-    proofs = [await accelerators.prove(home, name, boot, fresh=fresh)
+    if not _problems(qemu):
+        qemu = qemu + await _accelerators(home, boot, fresh)
+    if fresh:
+        for name in HYPERVISORS["virtualbox"]:
+            proofs.place(home, name).unlink(missing_ok=True)
+    try:
+        chosen = (await choose(home, boot)).accelerator
+    except VmjobError:
+        chosen = None
+    if chosen in HYPERVISORS["virtualbox"]:
+        qemu = _as_notes(qemu)
+    found = qemu + others
+    if chosen is not None and not _problems(found):
+        found.append(Finding("jobs will use", "ok", chosen))
+    elif (_is_ok(others, "VirtualBox") and not await _runs(home, "hm")
+          and await _runs(home, INTERPRETER)):
+        found.append(Finding(INTERPRETER, "note", "works, slowly: jobs run only with "
+                             f"{INTERPRETED}", "Mend what is wrong above: jobs run faster."))
+    return found
+
+
+async def _accelerators(home: Home, boot: BootParts, fresh: bool) -> list[Finding]:
+    """What works with QEMU."""
+    proved = [await accelerators.prove(home, name, boot, fresh=fresh)
               for name in accelerators.candidates()]
-    working = [proof for proof in proofs if proof.works]
+    working = any(proof.works for proof in proved)
     findings = []
-    for proof in proofs:
+    for proof in proved:
         if proof.works:
             findings.append(Finding(proof.accelerator, "ok", f"proved: {proof.why}"))
         elif working:
@@ -100,9 +143,29 @@ async def _accelerators(home: Home, image: Image, fresh: bool) -> list[Finding]:
                                     _advice(proof)))
         else:
             findings.append(Finding(proof.accelerator, "problem", proof.why, _advice(proof)))
-    if working:
-        findings.append(Finding("jobs will use", "ok", working[0].accelerator))
     return findings
+
+
+async def _runs(home: Home, accelerator: str) -> bool:
+    """Whether VirtualBox runs machines in this way."""
+    from vmjob.machine.virtualbox.accelerators import prove
+
+    try:
+        return (await prove(home, accelerator)).works
+    except VmjobError:
+        return False
+
+
+def _problems(findings: list[Finding]) -> bool:
+    return any(each.state == "problem" for each in findings)
+
+
+def _is_ok(findings: list[Finding], what: str) -> bool:
+    return any(each.what == what and each.state == "ok" for each in findings)
+
+
+def _as_notes(findings: list[Finding]) -> list[Finding]:
+    return [replace(each, state="note") if each.state == "problem" else each for each in findings]
 
 
 def _advice(proof: accelerators.Proof) -> str:

@@ -144,6 +144,49 @@ class QemuTooOld(HostError):
     standing_advice = "Install QEMU 7.2 or newer."
 
 
+class VirtualBoxTooOld(HostError):
+    code = "virtualbox-too-old"
+    standing_advice = "Install VirtualBox 7.0 or newer."
+
+
+class VirtualBoxKnownBad(HostError):
+    """This version of VirtualBox has a fault that harms the job or this computer."""
+
+    code = "virtualbox-known-bad"
+    standing_advice = "Install a newer VirtualBox."
+
+
+class VirtualBoxBroken(HostError):
+    """VirtualBox is installed, and cannot be used as it is."""
+
+    code = "virtualbox-broken"
+    standing_advice = "Install VirtualBox again; `vmjob doctor` tells more."
+
+
+class KernelModuleMissing(HostError):
+    """VirtualBox's kernel module is not there, is another version's, or may not be used."""
+
+    code = "kernel-module-missing"
+    standing_advice = ("Load it (modprobe vboxdrv); after an upgrade of the system, build it again "
+                       "(/sbin/vboxconfig, or the package virtualbox-dkms).")
+
+
+class VirtualizationOff(HostError):
+    """The processor has no hardware support for virtual machines, or it is switched off."""
+
+    code = "virtualization-off"
+    standing_advice = ("Switch on virtualization (VT-x or AMD-V) in this computer's BIOS setup, or "
+                       "use QEMU with --accel tcg, which needs none.")
+
+
+class VirtualizationInUse(HostError):
+    """Another hypervisor has the processor's hardware support for itself."""
+
+    code = "virtualization-in-use"
+    retryable = True
+    standing_advice = "End the other hypervisor's machines; `vmjob doctor` tells whose they are."
+
+
 class AcceleratorUnusable(HostError):
     code = "accelerator-unusable"
     standing_advice = "Use --accel auto, or --accel tcg, which needs no hardware support."
@@ -272,6 +315,21 @@ class MachineError(VmjobError):
 class MachineStartFailed(MachineError):
     code = "machine-start-failed"
     standing_advice = "Run `vmjob doctor`; `--keep-on-failure` keeps the machine's logs."
+
+
+class HypervisorSilent(MachineError):
+    """A program of the hypervisor did not answer in time, and was ended."""
+
+    code = "hypervisor-silent"
+    retryable = True
+    standing_advice = "The computer may be overloaded: try again when it is less busy."
+
+
+class HypervisorRefused(MachineError):
+    """The hypervisor answered with an error; ``context['kind']`` is our word for it."""
+
+    code = "hypervisor-refused"
+    standing_advice = "Run `vmjob doctor`; if it finds nothing, report a bug with the text above."
 
 
 class TemplateUnusable(MachineError):

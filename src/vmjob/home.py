@@ -77,6 +77,10 @@ def default_root() -> Path:
     return Path(base).absolute() / "vmjob"
 
 
+#: Linux only; elsewhere what it opens must be readable.
+O_PATH: int = getattr(os, "O_PATH", os.O_RDONLY)
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool, what: str) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path``; the kernel frees it when we die.
@@ -93,5 +97,70 @@ def locked(path: Path, *, wait: bool, what: str) -> Iterator[None]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory of ours, whatever is in it; a missing one is fine."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a directory of ours, whatever is in it; a missing one is fine.
+
+    A guest may have made what is there: trees that are deeper than `shutil.rmtree` can call itself,
+    directories that nobody may enter.
+    """
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            _flatten(path)
+
+
+def _flatten(top: Path) -> None:
+    """Remove a tree of any depth: directories move up to the top before they are removed."""
+    here = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        while names := _names(here):
+            # What cannot be removed stays, and ends this.
+            if not sum(_one_of_the_top(here, name) for name in names):
+                return
+    finally:
+        os.close(here)
+    top.rmdir()
+
+
+def _names(directory: int) -> list[str]:
+    with os.scandir(directory) as found:
+        return [entry.name for entry in found]
+
+
+def _one_of_the_top(here: int, name: str) -> bool:
+    """Remove a file, or a directory whose own directories move up; whether it is gone."""
+    try:
+        inner = _entered(here, name)
+    except (NotADirectoryError, FileNotFoundError):
+        inner = -1
+    except OSError:
+        return False
+    try:
+        if inner < 0:
+            os.unlink(name, dir_fd=here)
+            return True
+        for each in _names(inner):
+            try:
+                os.close(_entered(inner, each))  # its parent's name is in it: it must be writable
+            except NotADirectoryError:
+                os.unlink(each, dir_fd=inner)
+            else:
+                os.rename(each, f"up-{os.urandom(8).hex()}", src_dir_fd=inner, dst_dir_fd=here)
+        os.rmdir(name, dir_fd=here)
+    except OSError:
+        return False
+    finally:
+        if inner >= 0:
+            os.close(inner)
+    return True
+
+
+def _entered(above: int, name: str) -> int:
+    """A descriptor of a directory that its owner may change from now on; follows no link."""
+    found = os.open(name, O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    try:
+        with contextlib.suppress(OSError):  # where there is no such name, it has the rights or not
+            Path(f"/proc/self/fd/{found}").chmod(0o700)
+    finally:
+        os.close(found)
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)

@@ -97,7 +97,7 @@ def steps(jobs: int, only: str, as_json: bool) -> None:
         for row in found["steps"]:
             name = f"{row['step']} ({row['at']})" if row["at"] > 1 else row["step"]
             _print(f"{row['number']:4} {row['part']:8} {name:52} {row['self']:16} "
-                   f"{row.get('qemu', '-'):16} {row.get('both', '-')}")
+                   f"{row.get('hypervisor', '-'):16} {row.get('both', '-')}")
         _print(f"{len(found['steps'])} steps, {found['strikes']} strikes, "
                f"{found['not_reached']} not reached, wrong {len(found['wrong'])}; "
                f"{found['seconds']:.0f} seconds")

@@ -10,7 +10,7 @@ import hashlib
 import sys
 
 ROUNDS = 40
-HASHES = 6000
+HASHES = int(sys.argv[1])
 PAGE = 4096
 PAGES = 256
 

@@ -35,7 +35,7 @@ GONE_DEADLINE = 10.0
 #: What a slot holds when its job has ended.
 AT_THE_END = {"job.json", "stdin", "stdout", "stderr", "result.json", "lock"}
 #: How often each way of dying is chosen.
-MODES = {"self": 6, "both": 3, "qemu": 3, "SIGTERM": 2, "SIGSTOP": 1, "SIGTSTP": 1}
+MODES = {"self": 6, "both": 3, "hypervisor": 3, "SIGTERM": 2, "SIGSTOP": 1, "SIGTSTP": 1}
 #: Most strikes at one job, and how likely a further one is.
 STRIKES = 4
 AGAIN = 0.4
@@ -52,6 +52,7 @@ class Strike:
     mode: str
     named: bool = False
     ended_at: str | None = None
+    delay: float = 0.0
 
 
 @dataclass
@@ -83,10 +84,17 @@ class Case:
 
 
 class Field:
-    """A directory with a home, in which one job at a time is run and struck."""
+    """A directory with a home, in which one job at a time is run and struck.
 
-    def __init__(self, place: Path, home: Home) -> None:
+    ``hashes``, and what is in ``machine``: as in `Plan`. ``hangs``: seconds after which a run is
+    taken to hang.
+    """
+
+    def __init__(self, place: Path, home: Home, *, hashes: int = 6000, hangs: float = HANGS,
+                 **machine: Any) -> None:
         self.place = place
+        self._machine = {"hashes": hashes, **machine}
+        self._hangs = hangs
         self.home = home
         self.slot = place / "slot"
         self.output = place / "out" / "result"
@@ -100,8 +108,9 @@ class Field:
         directory = self.place / "native"
         directory.mkdir()
         with self.stdin.open("rb") as stdin:
-            done = subprocess.run([sys.executable, SCRIPT], stdin=stdin, cwd=directory,
-                                  capture_output=True, check=True, timeout=HANGS)
+            done = subprocess.run([sys.executable, SCRIPT, str(self._machine["hashes"])],
+                                  stdin=stdin, cwd=directory, capture_output=True, check=True,
+                                  timeout=HANGS)
         return done.stdout, done.stderr, (directory / "result").read_bytes()
 
     def clear(self) -> None:
@@ -116,10 +125,11 @@ class Field:
         log.unlink(missing_ok=True)
         plan = Plan(str(self.slot), str(SCRIPT), str(self.stdin), str(self.output), str(log),
                     [str(self.slot), str(self.home.root), str(self.output.parent)],
-                    resume=(self.slot / "job.json").exists(), **more)
+                    resume=(self.slot / "job.json").exists(), **{**self._machine, **more})
         if strike is not None:
             plan.kind, plan.at, plan.mode = strike.kind, strike.at, strike.mode
             plan.named, plan.ended_at = strike.named, strike.ended_at
+            plan.delay = strike.delay
         env = {**os.environ, "VMJOB_HOME": str(self.home.root), "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
         began = time.monotonic()
         with (self.place / "said").open("w+b") as said:
@@ -127,7 +137,7 @@ class Field:
                 [sys.executable, "-m", "tests.campaign.victim", msgspec.json.encode(plan)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, cwd=self.place,
                 env=env)
-            stopped, hung = _await(process)
+            stopped, hung = _await(process, self._hangs)
             said.seek(0)
             text = said.read().decode("utf-8", "replace")
         events = [json.loads(line) for line in log.read_bytes().splitlines()] \
@@ -175,13 +185,13 @@ class Field:
         """What one run did that it must not."""
         strike = outcome.strike
         mode = strike.mode if strike and outcome.reached else ""
-        allowed = {"self": {-signal.SIGKILL}, "both": {-signal.SIGKILL}, "qemu": {0, 125},
+        allowed = {"self": {-signal.SIGKILL}, "both": {-signal.SIGKILL}, "hypervisor": {0, 125},
                    "SIGTERM": {0, 143}}.get(mode, {0})
-        if strike and strike.ended_at and mode in ("", "qemu"):
+        if strike and strike.ended_at and mode in ("", "hypervisor"):
             allowed = {*allowed, 143}
         if outcome.hung or outcome.code not in allowed:
             yield f"{strike}: code {outcome.code}, hung {outcome.hung}: {outcome.stderr[-500:]}"
-        if mode == "qemu" and outcome.code == 125 and "[machine-died]" not in outcome.stderr:
+        if mode == "hypervisor" and outcome.code == 125 and "[machine-died]" not in outcome.stderr:
             yield f"{strike}: {outcome.stderr[-500:]}"
         if "unexpected" in outcome.stderr or "Traceback" in outcome.stderr:
             yield f"{strike}: {outcome.stderr[-2000:]}"
@@ -219,7 +229,7 @@ class Field:
             yield f"left over: {left}"
 
 
-def _await(process: subprocess.Popen[bytes]) -> tuple[bool, bool]:
+def _await(process: subprocess.Popen[bytes], seconds: float) -> tuple[bool, bool]:
     """Wait for a process to end; wake it when it stops. Whether it stopped, whether it hung."""
     late = threading.Event()
 
@@ -228,7 +238,7 @@ def _await(process: subprocess.Popen[bytes]) -> tuple[bool, bool]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(HANGS, give_up)
+    timer = threading.Timer(seconds, give_up)
     timer.start()
     stopped = False
     try:
@@ -250,7 +260,9 @@ def processes_below(place: Path) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if any(str(place) in each for each in [*process.cmdline(), process.cwd()]):
+            # VirtualBox's are told of their place by a variable only.
+            known = [*process.cmdline(), process.cwd(), process.environ().get("VBOX_USER_HOME", "")]
+            if any(str(place) in each for each in known):
                 found.append(process)
     return found
 

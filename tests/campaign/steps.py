@@ -23,11 +23,11 @@ from tests.campaign.kills import Case, Field, Outcome, Strike
 
 __all__ = ["MODES", "Step", "campaign", "golden", "kept_in", "numbered", "struck"]
 
-MODES = ("self", "qemu", "both")
+MODES = ("self", "hypervisor", "both")
 #: The step before which SIGTERM comes.
 ENDED_AT = "run agent POST /output"
-#: States in which there is no QEMU to be killed.
-WITHOUT_QEMU = ("image", "ended")
+#: States in which there is no hypervisor to be killed.
+WITHOUT_HYPERVISOR = ("image", "ended")
 #: What is asked over and over: one of them stands for all.
 POLLS = ("agent POST /output", "agent POST /tasks/N/stdin")
 #: How often a step that a run did not come to is tried.
@@ -48,7 +48,8 @@ class Step:
                 "ended_at": ENDED_AT if self.part == "stopped" else None}
 
     def modes(self) -> tuple[str, ...]:
-        return MODES[:1] if self.kind.removeprefix("stop ").startswith(WITHOUT_QEMU) else MODES
+        alone = self.kind.removeprefix("stop ").startswith(WITHOUT_HYPERVISOR)
+        return MODES[:1] if alone else MODES
 
 
 @dataclass

@@ -16,7 +16,8 @@ from tests.campaign import ticking
 from vmjob.engine.clock import Pace
 from vmjob.engine.control import Control
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.request import Request, Survival
+from vmjob.engine.run import run_job
 from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import VmjobError
 from vmjob.grid.contract import Quiet

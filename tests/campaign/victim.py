@@ -1,9 +1,9 @@
 """``python -m tests.campaign.victim PLAN``: `vmjob run` that dies where it is told to.
 
 Everything that it does to the world is a step: files opened for writing, renamed, removed and
-synced, commands to QEMU, requests to the agent, processes started. A step is known by the phase of
-the job, what is done, and how often that was done before. Just before the step of the plan, the
-process, its QEMU or both are killed, or it gets a signal.
+synced, commands to the hypervisor, requests to the agent, processes started. A step is known by the
+phase of the job, what is done, and how often that was done before. Just before the step of the
+plan, the process, its hypervisor or both are killed, or it gets a signal.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ from vmjob.engine.life import Life
 from vmjob.guest.lane import Lane
 from vmjob.host import durable
 from vmjob.job.files import Input, Output
-from vmjob.job.model import Job, Task
+from vmjob.job.model import Job, Network, Task
 from vmjob.machine.contract import Priority
 from vmjob.machine.qemu.monitor import Monitor
+from vmjob.machine.virtualbox.manage import Manage
 
 __all__ = ["MEMORY_MB", "Plan"]
 
 MEMORY_MB = 256
 #: Seconds for a last checkpoint after SIGTERM.
 STOP_DEADLINE = 60.0
+#: How the names of the processes begin that machines are.
+HYPERVISORS = ("qemu-system", "VBoxHeadless")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 #: Audit event -> what the step is called. Renaming over a file is a rename as well.
 EVENTS = {"open": "open", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir",
@@ -54,10 +58,11 @@ class Plan(msgspec.Struct):
     """What to run, and where to die.
 
     ``below``: files outside these directories are nobody's business. ``kind`` and ``at``: the step
-    (None: no step); ``mode``: ``self``, ``qemu`` or ``both`` are killed, or the name of a signal
-    that the process gets. ``log``: where it tells what it does, one JSON object a line. ``named``:
-    steps are known by the names of their files as well, and told one by one. ``ended_at``: the kind
-    of step before which SIGTERM comes; from then on steps are of kinds that begin with ``stop``.
+    (None: no step); ``mode``: ``self``, ``hypervisor`` or ``both`` are killed, or the name of a
+    signal that the process gets; ``delay`` seconds later. ``log``: where it tells what it does, one
+    JSON object a line. ``named``: steps are known by the names of their files as well, and told one
+    by one. ``ended_at``: the kind of step before which SIGTERM comes; from then on steps are of
+    kinds that begin with ``stop``. ``hashes``: how many the job computes in each of its rounds.
     """
 
     slot: str
@@ -74,6 +79,11 @@ class Plan(msgspec.Struct):
     time_limit: float | None = None
     named: bool = False
     ended_at: str | None = None
+    hypervisor: str = "qemu"
+    accel: str = "tcg"
+    network: Network = Network.NONE
+    hashes: int = 6000
+    delay: float = 0.0
 
 
 class Steps:
@@ -114,19 +124,22 @@ class Steps:
             if self._plan.named:
                 self.tell(step=kind, visit=self._visit)
             if kind == self._plan.kind and self.counts[kind] == self._plan.at:
-                self._die(kind)
+                self.tell(reached=kind, at=self._plan.at, mode=self._plan.mode)
+                if self._plan.delay:
+                    threading.Timer(self._plan.delay, self._die).start()
+                else:
+                    self._die()
 
-    def _die(self, kind: str) -> None:
+    def _die(self) -> None:
         mode = self._plan.mode
-        self.tell(reached=kind, at=self._plan.at, mode=mode)
-        if mode in ("qemu", "both"):
+        if mode in ("hypervisor", "both"):
             for child in psutil.Process().children(recursive=True):
-                if child.name().startswith("qemu-system"):
+                if child.name().startswith(HYPERVISORS):
                     child.kill()
                     self.tell(killed=child.pid)
         if mode in ("self", "both"):
             os.kill(os.getpid(), signal.SIGKILL)
-        elif mode != "qemu":
+        elif mode != "hypervisor":
             os.kill(os.getpid(), getattr(signal, mode))
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -164,7 +177,7 @@ def watch(steps: Steps) -> None:
     sys.addaudithook(steps.audit)
     sync = durable.sync
     fsync, enter, saved, publish = os.fsync, Life.enter, Generations.saved, Generations.publish
-    execute, request = Monitor.execute, Lane.request
+    execute, call, request = Monitor.execute, Manage._call, Lane.request
 
     def synced(fd: int) -> None:
         if not steps.named:
@@ -198,6 +211,11 @@ def watch(steps: Steps) -> None:
         steps.step(f"qmp {command}")
         return await execute(self, command, **arguments)
 
+    async def called(self: Manage, words: Sequence[str], end: float) -> Any:
+        what = f"{words[0]} {words[2]}" if words[0] in ("snapshot", "controlvm") else words[0]
+        steps.step(f"vboxmanage {what}")
+        return await call(self, words, end)
+
     async def requested(self: Lane, method: str, target: str, *more: Any, **options: Any) -> Any:
         what = re.sub(r"\d+", "N", target.partition("?")[0].replace("/v1", ""))
         steps.step(f"agent {method} {what}")
@@ -209,6 +227,7 @@ def watch(steps: Steps) -> None:
     Generations.saved = continued  # type: ignore[method-assign]
     Generations.publish = published  # type: ignore[method-assign,assignment]
     Monitor.execute = executed  # type: ignore[method-assign]
+    Manage._call = called  # type: ignore[method-assign]
     Lane.request = requested  # type: ignore[method-assign]
 
 
@@ -218,12 +237,14 @@ def main() -> None:
     watch(steps)
     job = None
     if not plan.resume:
-        job = Job((Task(("python3", "job.py")),), inputs=(Input(Path(plan.script), "job.py"),),
+        job = Job((Task(("python3", "job.py", str(plan.hashes))),),
+                  inputs=(Input(Path(plan.script), "job.py"),),
                   outputs=(Output("result", Path(plan.output)),), memory_mb=MEMORY_MB,
-                  time_limit=plan.time_limit)
-    how = How(accel="tcg", cpu="host", cold=False, stdin=plan.stdin, slot=Path(plan.slot),
-              every=plan.every, slot_limit=None, stop_deadline=STOP_DEADLINE,
-              priority=Priority.NORMAL, keep=False, as_json=False, quiet=False)
+                  network=plan.network, time_limit=plan.time_limit)
+    how = How(hypervisor=plan.hypervisor, accel=plan.accel, cpu="host", cold=False,
+              stdin=plan.stdin, slot=Path(plan.slot), every=plan.every, slot_limit=None,
+              stop_deadline=STOP_DEADLINE, priority=Priority.NORMAL, keep=False, as_json=False,
+              quiet=False)
     code = asyncio.run(carry(job, how))
     steps.tell(code=code, steps=dict(steps.counts))
     sys.stdout.flush()

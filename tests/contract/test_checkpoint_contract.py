@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from vmjob.machine.contract import (
 )
 from vmjob.machine.fake import SimulatedDriver
 from vmjob.machine.qemu.driver import QemuDriver
+from vmjob.machine.virtualbox.driver import VirtualBoxDriver
 
 pytestmark = pytest.mark.anyio
 
@@ -70,12 +71,19 @@ while True:
 LINE = 65
 
 
+DRIVERS: dict[str, Callable[[], Driver]] = {
+    "simulated": SimulatedDriver, "qemu": QemuDriver, "virtualbox": VirtualBoxDriver}
+
+
 def driver_of(name: str) -> Driver:
-    return SimulatedDriver() if name == "simulated" else QemuDriver()
+    return DRIVERS[name]()
 
 
-@pytest.fixture(params=["simulated", pytest.param("qemu", marks=pytest.mark.vm)])
+@pytest.fixture(params=["simulated", pytest.param("qemu", marks=pytest.mark.vm),
+                        pytest.param("virtualbox", marks=pytest.mark.vm)])
 def driver(request: pytest.FixtureRequest) -> Driver:
+    if request.param == "virtualbox":
+        request.getfixturevalue("virtualbox")
     return driver_of(request.param)
 
 
@@ -86,7 +94,7 @@ def template(default_image: Image, tmp_path_factory: pytest.TempPathFactory) -> 
 
     async def freeze() -> None:
         machine = await QemuDriver().create(replace(vm(default_image, directory), freezable=True))
-        client = AgentClient(await machine.start())
+        client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
         try:
             await client.hello(PATIENCE)
             await client.sleep()
@@ -112,6 +120,8 @@ def fresh(home: Home, driver: Driver, request: pytest.FixtureRequest) -> Machine
         return MachineSpec(id="m1", directory=directory, boot=None)
     image = request.getfixturevalue("default_image")
     lend(image, home)
+    if driver.name == "virtualbox":
+        return replace(request.getfixturevalue("in_virtualbox"), id="m1", directory=directory)
     return vm(image, directory)
 
 
@@ -158,7 +168,7 @@ async def running(driver: Driver, spec: MachineSpec) -> AsyncIterator[tuple[Mach
     spec.directory.mkdir(exist_ok=True)
     machine = await driver.create(spec)
     try:
-        client = AgentClient(await machine.start())
+        client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
         try:
             await client.hello(PATIENCE)
             if spec.template is not None:
@@ -272,7 +282,7 @@ import anyio
 from tests.contract.test_checkpoint_contract import *
 
 async def main(name, directory, checkpoints, state, task, said):
-    spec = MachineSpec("m2", Path(directory), None, memory_mb=int(sys.argv[7]),
+    spec = MachineSpec("m2", Path(directory), None, **json.loads(sys.argv[7]),
                        saved=Saved(Path(checkpoints), json.loads(state)))
     heard = Heard(said.encode())
     async with running(driver_of(name), spec) as (machine, client):
@@ -296,7 +306,8 @@ async def test_another_process_goes_on_when_the_owner_is_gone(
     assert again.saved is not None
     command = [sys.executable, "-c", textwrap.dedent(SUCCESSOR), driver.name, str(again.directory),
                str(kept), json.dumps(again.saved.state), str(task), known.said.decode(),
-               str(spec.memory_mb)]
+               json.dumps({name: getattr(spec, name) for name in (
+                   "memory_mb", "accelerator", "network", "display")})]
     answer = await anyio.to_thread.run_sync(partial(
         subprocess.run, command, check=True, capture_output=True, timeout=PATIENCE,
         cwd=Path(__file__).parents[2]))
@@ -368,8 +379,9 @@ async def test_a_checkpoint_that_fails_harms_neither_the_machine_nor_those_befor
         before = await keep(machine, kept, "1", heard)
         files = {path.name: path.stat().st_size for path in kept.iterdir()}
         await client.put(tmp_path / "large", "large")
-        with small_files(1 << 20), pytest.raises((CheckpointFailed, HostDiskFull)):
-            await machine.checkpoint(kept, "2", lambda: None)
+        if driver.name != "virtualbox":  # there another process writes them
+            with small_files(1 << 20), pytest.raises((CheckpointFailed, HostDiskFull)):
+                await machine.checkpoint(kept, "2", lambda: None)
         assert {path.name: path.stat().st_size for path in kept.iterdir()} == files
         await heard.lines(1)
         with pytest.raises(CheckpointFailed):  # its name is taken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,35 +13,38 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.conftest import lend
+from tests.conftest import awake, lend
+from tests.servers import EXCHANGER, exchange, server_in
 from vmjob.errors import NotSupported, PortTaken, UsageError, WrongState
 from vmjob.guest.client import AgentClient, Stream
 from vmjob.home import Home
-from vmjob.machine.contract import BootParts, Driver, Foreign, Machine, MachineSpec
+from vmjob.machine.contract import (
+    Attached,
+    BootParts,
+    Driver,
+    Foreign,
+    Machine,
+    MachineSpec,
+    Saved,
+)
 from vmjob.machine.fake import FakeDriver, SimulatedDriver
 from vmjob.machine.qemu.driver import QemuDriver
+from vmjob.machine.virtualbox.driver import VirtualBoxDriver
 
 pytestmark = pytest.mark.anyio
 
 #: Seconds for a machine's agent to answer; TCG on a loaded computer.
 BOOT = 120.0
 DRIVERS: dict[str, Callable[[], Driver]] = {
-    "fake": FakeDriver, "simulated": SimulatedDriver, "qemu": QemuDriver}
-
-#: Says which port it listens at, then answers every connection with what it was sent, doubled.
-SERVER = """
-import socket
-server = socket.create_server(("", 0))
-print(server.getsockname()[1], flush=True)
-while True:
-    connection, _ = server.accept()
-    with connection:
-        connection.sendall(connection.recv(100) * 2)
-"""
+    "fake": FakeDriver, "simulated": SimulatedDriver, "qemu": QemuDriver,
+    "virtualbox": VirtualBoxDriver}
 
 
-@pytest.fixture(params=["fake", "simulated", pytest.param("qemu", marks=pytest.mark.vm)])
+@pytest.fixture(params=["fake", "simulated", pytest.param("qemu", marks=pytest.mark.vm),
+                        pytest.param("virtualbox", marks=pytest.mark.vm)])
 def driver(request: pytest.FixtureRequest) -> Driver:
+    if request.param == "virtualbox":
+        request.getfixturevalue("virtualbox")
     return DRIVERS[request.param]()
 
 
@@ -48,10 +52,12 @@ def driver(request: pytest.FixtureRequest) -> Driver:
 def spec(driver: Driver, home: Home, request: pytest.FixtureRequest) -> MachineSpec:
     directory = home.machines / "m1"
     directory.mkdir()
-    if driver.name != "qemu":
+    if driver.name not in ("qemu", "virtualbox"):
         return MachineSpec(id="m1", directory=directory, boot=None)
     image = request.getfixturevalue("default_image")
     lend(image, home)
+    if driver.name == "virtualbox":
+        return replace(request.getfixturevalue("in_virtualbox"), id="m1", directory=directory)
     return MachineSpec(id="m1", directory=directory, boot=BootParts.of(image), memory_mb=256,
                        accelerator="tcg")
 
@@ -59,34 +65,29 @@ def spec(driver: Driver, home: Home, request: pytest.FixtureRequest) -> MachineS
 @asynccontextmanager
 async def running(machine: Machine) -> AsyncIterator[AgentClient]:
     """The machine started, its agent answering."""
-    client = AgentClient(await machine.start())
+    client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
     try:
-        await client.hello(BOOT)
+        await awake(machine, client, BOOT)
         yield client
     finally:
         client.close()
         await machine.destroy()
 
 
+def bare(spec: MachineSpec) -> MachineSpec:
+    """The same without a network and a display."""
+    return replace(spec, template=None, network="none", display=False)
+
+
 @asynccontextmanager
-async def server_in(client: AgentClient) -> AsyncIterator[int]:
-    """A server in the machine; its port."""
-    told = anyio.Event()
-    said = b""
-
-    async def take(stream: Stream, data: bytes) -> None:
-        nonlocal said
-        said += data
-        if b"\n" in said:
-            told.set()
-
-    task = await client.start(["python3", "-u", "-c", SERVER])
-    async with anyio.create_task_group() as group:
-        group.start_soon(client.follow, task, take)
-        with anyio.fail_after(BOOT):
-            await told.wait()
-        yield int(said)
-        group.cancel_scope.cancel()
+async def begun(machine: Machine) -> AsyncIterator[None]:
+    """The machine started; nobody waits for its agent."""
+    try:
+        for lane in (await machine.start()).values():
+            lane.close()
+        yield
+    finally:
+        await machine.destroy()
 
 
 async def ask(port: int, address: str = "127.0.0.1") -> bytes:
@@ -154,38 +155,29 @@ async def test_nothing_passes_while_the_networks_cable_is_pulled(
 
 
 async def test_traffic_is_counted_each_way(driver: Driver, spec: MachineSpec) -> None:
-    if driver.name != "qemu":
+    if driver.name in ("fake", "simulated"):
         pytest.skip("nobody counts")
     machine = await driver.create(replace(spec, network="nat"))
-    heard = 0
-
-    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal heard
-        while data := await reader.read(65536):
-            heard += len(data)
-        writer.close()
-
-    async with running(machine) as client, await asyncio.start_server(hear, "127.0.0.1") as server:
-        before = machine.traffic()
-        port = server.sockets[0].getsockname()[1]
-        task = await client.start(["python3", "-c", ("import socket\n"
-                                   f"s = socket.create_connection(('10.0.2.2', {port}))\n"
-                                   "s.sendall(bytes(300000))\ns.close()")])
-        with anyio.fail_after(BOOT):
-            end = await client.follow(task, _unheard)
-        assert (end.exit_code, heard) == (0, 300_000)
-        sent, received = (now - then for now, then in zip(machine.traffic(), before, strict=True))
-        assert 300_000 < sent < 400_000
-        assert 1000 < received < 60_000
-
-
-async def _unheard(stream: Stream, data: bytes) -> None:
-    """Nobody wants it."""
+    assert machine.traffic() == (0, 0)
+    async with running(machine) as client:
+        async with server_in(client, EXCHANGER) as guest_port:
+            port = await machine.forward(0, guest_port)
+            await exchange(machine, port)
+            await machine.suspend()
+            await machine.resume()
+            await machine.set_network(False)
+            await machine.set_network(True)
+            await exchange(machine, port)
+        sent, received = machine.traffic()
+        await machine.stop()
+        after = machine.traffic()
+        assert after[0] >= sent > 600_000
+        assert after[1] >= received > 100_000
 
 
 async def test_a_machine_without_a_network_has_no_cable(driver: Driver,
                                                         spec: MachineSpec) -> None:
-    async with running(machine := await driver.create(spec)):
+    async with begun(machine := await driver.create(bare(spec))):
         with pytest.raises(NotSupported):
             await machine.set_network(False)
 
@@ -208,10 +200,10 @@ async def test_a_port_that_is_taken_is_told_and_another_can_be_had(
 
 async def test_a_machine_without_a_network_has_no_forwards(driver: Driver,
                                                            spec: MachineSpec) -> None:
-    machine = await driver.create(spec)
+    machine = await driver.create(bare(spec))
     with pytest.raises(WrongState):
         await machine.forward(0, 80)
-    async with running(machine):
+    async with begun(machine):
         with pytest.raises(NotSupported):
             await machine.forward(0, 80)
 
@@ -263,7 +255,7 @@ async def test_a_picture_of_the_screen_is_a_file_of_its_own(
 
 async def test_a_machine_without_a_display_shows_nothing(
         driver: Driver, spec: MachineSpec, tmp_path: Path) -> None:
-    async with running(machine := await driver.create(spec)):
+    async with begun(machine := await driver.create(bare(spec))):
         with pytest.raises(NotSupported):
             machine.console_address()
         with pytest.raises(NotSupported):
@@ -277,3 +269,66 @@ async def test_a_driver_that_boots_no_disks_says_so(driver: Driver, spec: Machin
     with pytest.raises(NotSupported):
         await driver.create(replace(spec, foreign=Foreign(tmp_path / "disk")))
     assert list(spec.directory.iterdir()) == []
+
+
+async def test_a_driver_that_has_no_disks_besides_says_so(driver: Driver, spec: MachineSpec,
+                                                          tmp_path: Path) -> None:
+    if driver.capabilities.attached:
+        pytest.skip("this driver has disks besides")
+    with pytest.raises(NotSupported):
+        await driver.create(replace(spec, attached=Attached(tmp_path / "disk")))
+    assert list(spec.directory.iterdir()) == []
+
+
+#: What the guest sees of its user's disks.
+LOOK = """
+import sys
+sys.path.insert(0, "/usr/lib/vmjob")
+from vmjob_agent import system
+for part in ("disk", "iso", "cache_disk"):
+    path, kind = system._find(part)
+    if kind == "vdi":
+        path = system._opened(part) if "map" in sys.argv else "/dev/dm-0"
+    with open(path, "rb") as disk:
+        print(part, kind, disk.read(4).decode())
+"""
+
+
+async def test_what_its_user_brings_is_there_besides_also_after_a_checkpoint(
+        driver: Driver, spec: MachineSpec, home: Home, tmp_path: Path) -> None:
+    if not driver.capabilities.attached:
+        pytest.skip("this driver has no disks besides")
+    for name in ("disk", "iso", "cache"):
+        (tmp_path / name).write_bytes(name.encode().ljust(1 << 20, b"\n"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vdi", tmp_path / "cache",
+                    tmp_path / "cache.vdi"], check=True)
+    attached = Attached(tmp_path / "disk", tmp_path / "iso", tmp_path / "cache.vdi")
+    before = {path: path.read_bytes() for path in attached.parts().values()}
+    seen = b"disk raw disk\niso raw iso\n\ncache_disk vdi cach\n"
+    kept = home.root / "kept"
+    kept.mkdir()
+    machine = await driver.create(replace(bare(spec), attached=attached))
+    async with running(machine) as client:
+        assert await looked(client, "map") == seen
+        checkpoint = await machine.checkpoint(kept, "1", lambda: None)
+    for path, content in before.items():
+        assert path.read_bytes() == content
+        path.unlink()
+    again = replace(bare(spec), directory=home.machines / "m2", boot=None,
+                    saved=Saved(kept, checkpoint.state))
+    again.directory.mkdir()
+    async with running(await driver.create(again)) as client:
+        assert await looked(client) == seen
+
+
+async def looked(client: AgentClient, *words: str) -> bytes:
+    said = b""
+
+    async def take(stream: Stream, data: bytes) -> None:
+        nonlocal said
+        said += data
+
+    task = await client.start(["python3", "-c", LOOK, *words], user="root")
+    with anyio.fail_after(BOOT):
+        await client.follow(task, take)
+    return said

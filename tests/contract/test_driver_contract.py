@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import anyio
 import psutil
 import pytest
 
-from tests.conftest import eventually, lend, open_descriptors
+from tests.conftest import awake, eventually, lend, open_descriptors
 from vmjob.errors import (
     AgentLost,
     GuestRefused,
@@ -31,6 +31,7 @@ from vmjob.home import Home
 from vmjob.machine.contract import BootParts, Driver, EndReason, Machine, MachineSpec, Status
 from vmjob.machine.fake import FakeDriver
 from vmjob.machine.qemu.driver import QemuDriver
+from vmjob.machine.virtualbox.driver import VirtualBoxDriver
 
 pytestmark = pytest.mark.anyio
 
@@ -38,9 +39,16 @@ pytestmark = pytest.mark.anyio
 BOOT = 120.0
 
 
-@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.vm)])
+DRIVERS: dict[str, Callable[[], Driver]] = {
+    "fake": FakeDriver, "qemu": QemuDriver, "virtualbox": VirtualBoxDriver}
+
+
+@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.vm),
+                        pytest.param("virtualbox", marks=pytest.mark.vm)])
 def driver(request: pytest.FixtureRequest) -> Driver:
-    return FakeDriver() if request.param == "fake" else QemuDriver()
+    if request.param == "virtualbox":
+        request.getfixturevalue("virtualbox")
+    return DRIVERS[request.param]()
 
 
 @pytest.fixture
@@ -51,6 +59,8 @@ def spec(driver: Driver, home: Home, request: pytest.FixtureRequest) -> MachineS
         return MachineSpec(id="m1", directory=directory, boot=None)
     image = request.getfixturevalue("default_image")
     lend(image, home)
+    if driver.name == "virtualbox":
+        return replace(request.getfixturevalue("in_virtualbox"), id="m1", directory=directory)
     return MachineSpec(id="m1", directory=directory, boot=BootParts.of(image), memory_mb=256,
                        accelerator="tcg")
 
@@ -58,9 +68,9 @@ def spec(driver: Driver, home: Home, request: pytest.FixtureRequest) -> MachineS
 @asynccontextmanager
 async def running(machine: Machine) -> AsyncIterator[AgentClient]:
     """The machine started, its agent answering."""
-    client = AgentClient(await machine.start())
+    client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
     try:
-        await client.hello(BOOT)
+        await awake(machine, client, BOOT)
         yield client
     finally:
         client.close()
@@ -77,9 +87,9 @@ async def test_the_life_of_a_machine(driver: Driver, spec: MachineSpec) -> None:
     """create, start, suspend, resume, stop, destroy; get_status at each step."""
     machine = await driver.create(spec)
     assert machine.get_status() is Status.CREATED
-    client = AgentClient(await machine.start())
+    client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
     assert machine.get_status() is Status.RUNNING
-    await client.hello(BOOT)
+    await awake(machine, client, BOOT)
     pid = pid_of(machine)
 
     await machine.suspend()
@@ -155,9 +165,9 @@ async def test_copies_of_a_frozen_machine_answer_side_by_side(driver: Driver, sp
     """start, freeze; then create and start with the files as a template, twice at once."""
     assert driver.capabilities.templates
     machine = await driver.create(replace(spec, freezable=True))
-    client = AgentClient(await machine.start())
+    client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
     try:
-        await client.hello(BOOT)
+        await awake(machine, client, BOOT)
         await client.sleep()
         with pytest.raises(GuestRefused):
             await client.ping()
@@ -267,6 +277,11 @@ async def test_a_hypervisor_that_somebody_kills_is_told_as_that(driver: Driver,
         assert ended.reason is EndReason.KILLED
         assert "signal 9" in ended.detail
         assert machine.get_status() is Status.STOPPED
+        await machine.stop()
+        # What happened can be looked up: the engine keeps these, under their last names.
+        assert [name for name in machine.logs if (spec.directory / name).is_file()] == list(
+            machine.logs)
+        assert len({name.rpartition("/")[2] for name in machine.logs}) == len(machine.logs)
         with pytest.raises(VmjobError):
             await client.ping()
 
@@ -321,6 +336,7 @@ async def test_a_machine_whose_start_failed_can_be_destroyed(
     before = open_descriptors()
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "/nonexistent")  # neither a hypervisor nor setpriv is found
+        patch.setenv("VMJOB_VIRTUALBOX", "/nonexistent")
         with pytest.raises(VmjobError):
             await machine.start()
     await machine.destroy()
@@ -397,25 +413,28 @@ from pathlib import Path
 from vmjob.machine.contract import BootParts, MachineSpec
 from vmjob.machine.fake import FakeDriver
 from vmjob.machine.qemu.driver import QemuDriver
+from vmjob.machine.virtualbox.driver import VirtualBoxDriver
 
-async def main(name, directory, parts):
+async def main(name, directory, accelerator, parts):
     boot = BootParts("", *map(Path, parts)) if parts else None
-    driver = FakeDriver() if name == "fake" else QemuDriver()
-    machine = await driver.create(MachineSpec("m1", Path(directory), boot, memory_mb=256))
+    driver = {"fake": FakeDriver, "qemu": QemuDriver, "virtualbox": VirtualBoxDriver}[name]()
+    machine = await driver.create(MachineSpec("m1", Path(directory), boot, memory_mb=256,
+                                              accelerator=accelerator))
     lanes = await machine.start()
     print(machine.pid, flush=True)
     await machine.ended()
 
-asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
+asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]))
 """
 
 
 async def test_a_machine_dies_with_its_owner_even_when_that_is_killed(
         driver: Driver, spec: MachineSpec) -> None:
     parts = [] if spec.boot is None else [spec.boot.kernel, spec.boot.initrd, spec.boot.root,
-                                          spec.boot.scratch]
+                                          spec.boot.scratch, spec.boot.loader]
     owner = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(OWNER), driver.name, spec.directory, *parts],
+        [sys.executable, "-c", textwrap.dedent(OWNER), driver.name, spec.directory,
+         spec.accelerator, *parts],
         stdout=subprocess.PIPE, text=True)
     with owner:
         assert owner.stdout is not None

@@ -204,7 +204,8 @@ def test_an_image_of_the_app_is_linked_and_not_copied(run: Run, project: Project
     project.until(name, lambda task: task.active == "EXECUTING" and task.cpu_time > 1)
     slot = project.slot_of(name)
     links = {path.name: path.read_text() for path in (slot / "vmjob_image").iterdir()}
-    assert links.keys() == {"kernel", "initrd", "root.squashfs", "scratch.qcow2", "manifest.json"}
+    assert links.keys() == {"kernel", "initrd", "root.squashfs", "scratch.qcow2", "loader.zip",
+                            "manifest.json"}
     assert all("<soft_link>../../projects/" in text for text in links.values())
     adopted = [path for path in (project.client.project_directory / "vmjob" / "images").rglob("*")
                if path.is_file() and path.name != "manifest.json"]

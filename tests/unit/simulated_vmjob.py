@@ -16,17 +16,18 @@ from vmjob.cli import signals
 from vmjob.host import durable
 from vmjob.machine.contract import MachineSpec
 from vmjob.machine.fake import SimulatedDriver
-from vmjob.machine.qemu import driver
+from vmjob.shape import Shape
 
 manifests = 0
 sync = durable.sync
 
 
 async def shape(home: Any, image: str, accel: str, *, progress: Any = None,
-                **more: Any) -> tuple[MachineSpec, Any, str]:
+                **more: Any) -> Shape:
     spec = MachineSpec(id="", directory=home.root, boot=None, memory_mb=128)
     manifest = SimpleNamespace(parts={"root": SimpleNamespace(sha256="")}, kernel_version="")
-    return spec, SimpleNamespace(name=image, manifest=manifest), ""
+    found: Any = SimpleNamespace(name=image, manifest=manifest)
+    return Shape(SimulatedDriver(), spec, found, "")
 
 
 def stuck(path: Path) -> None:
@@ -43,7 +44,6 @@ def main(how: list[str], arguments: list[str]) -> None:
     import vmjob.shape
     from vmjob.cli.main import main as vmjob_main
 
-    driver.QemuDriver = SimulatedDriver  # type: ignore[misc,assignment]
     vmjob.shape.machine_shape = shape  # type: ignore[assignment]
     for word in how:
         if word == "stuck":

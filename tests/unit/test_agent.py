@@ -20,6 +20,7 @@ from vmjob.errors import (
     GuestRefused,
     InputMissing,
     OutputMissing,
+    UsageError,
     VmjobError,
 )
 from vmjob.guest.agent import wire
@@ -67,6 +68,13 @@ async def test_a_command_gives_its_streams_and_exit_code(client: AgentClient) ->
 async def test_a_signal_is_told_apart_from_an_exit_code(client: AgentClient) -> None:
     end, _, _ = await run(client, "sh", "-c", "kill -9 $$")
     assert (end.exit_code, end.signal) == (None, 9)
+
+
+async def test_more_arguments_than_a_machine_takes_are_told_at_once(client: AgentClient) -> None:
+    with anyio.fail_after(5), pytest.raises(UsageError, match="arguments"):
+        await run(client, "true", "a" * wire.MAX_REQUEST_PIECE)
+    end, _, _ = await run(client, "true", "a" * (wire.MAX_REQUEST_PIECE - 1000))
+    assert end.exit_code == 0
 
 
 async def test_what_cannot_be_started_says_why(client: AgentClient, tmp_path: Path) -> None:
@@ -303,6 +311,15 @@ async def test_more_output_than_an_answer_holds_follows_after_a_short_wait(
         client: AgentClient) -> None:
     end, out, _ = await run(client, "head", "-c", "5000000", "/dev/zero", wait=5.0)
     assert (end.exit_code, len(out)) == (0, 5_000_000)
+
+
+async def test_a_full_window_in_the_pipe_of_a_command_that_has_ended_arrives_whole(
+        client: AgentClient) -> None:
+    # F_SETPIPE_SZ: what it holds is as much as the agent does, and nobody looked before the end.
+    script = ("import fcntl, os; fcntl.fcntl(1, 1031, 1 << 20);"
+              "os.write(1, b'x' * (1 << 20)); os.write(2, b'done'); os._exit(3)")
+    end, out, err = await run(client, "python3", "-I", "-S", "-c", script, wait=5.0)
+    assert (end.exit_code, len(out), err) == (3, wire.STREAM_WINDOW, b"done")
 
 
 async def test_all_that_a_command_said_is_heard_before_its_end(client: AgentClient) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import open_descriptors
+from vmjob.home import remove_tree
 from vmjob.host import below
 
 
@@ -67,3 +68,25 @@ def test_a_file_is_seen_to_change(root: Path) -> None:
 def test_a_file_is_removed(root: Path) -> None:
     below.remove(root, "sub/file")
     assert not (root / "sub" / "file").exists()
+
+
+def test_what_lies_too_deep_to_be_counted_is_too_much(tmp_path: Path) -> None:
+    """A guest that moves one deep tree below another has more than can be walked by a path."""
+    root = tmp_path / "root"
+    for name in ("a", "b"):
+        inner = root / name
+        for _ in range(12):
+            inner /= "d" * 250
+        inner.mkdir(parents=True)
+        (inner / "file").write_bytes(bytes(1 << 20))
+    size, count = below.occupied(root, 1000)
+    assert size >= 2 << 20
+    assert count < 1000
+    end = os.open(inner, os.O_RDONLY)
+    try:
+        os.rename(root / "a", "a", dst_dir_fd=end)
+    finally:
+        os.close(end)
+    assert below.occupied(root, 1000)[1] > 1000
+    remove_tree(root)
+    assert not root.exists()

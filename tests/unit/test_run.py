@@ -22,7 +22,8 @@ from vmjob.engine import starting as starting_module
 from vmjob.engine.control import Control
 from vmjob.engine.ownership import claim, leftovers, sweep
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.request import Request, Survival
+from vmjob.engine.run import run_job
 from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import UsageError
 from vmjob.grid.contract import Quiet

@@ -89,3 +89,8 @@ def test_a_reader_of_a_window_gets_every_byte_once(writes: list[bytes],
         window.acknowledge(data.draw(st.integers(0, len(got))))
     offset, read = window.read(len(got), 1 << 20)
     assert got + read == b"".join(writes)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 40])
+def test_the_head_that_is_written_quickly_is_the_same(length: int) -> None:
+    assert wire.plain_head(length) == wire.response_head(200, {"content-length": str(length)})

@@ -16,6 +16,7 @@ from vmjob.errors import CheckpointUnusable, DiskUnusable, NotSupported, UsageEr
 from vmjob.home import Home
 from vmjob.machine.contract import EndReason, Foreign, Machine, MachineSpec, Saved, Status
 from vmjob.machine.qemu.driver import QemuDriver
+from vmjob.machine.qemu.merging import MAX_LAYERS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vm]
 
@@ -141,12 +142,13 @@ async def test_a_second_disk_is_there_and_is_never_written(spec: MachineSpec,
     assert second.read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["qcow2", "vdi"])
 async def test_it_stands_still_goes_on_and_continues_from_a_checkpoint(
-        spec: MachineSpec, home: Home, tmp_path: Path) -> None:
+        spec: MachineSpec, home: Home, tmp_path: Path, kind: str) -> None:
     checkpoints = home.root / "checkpoints"
     checkpoints.mkdir()
     driver = QemuDriver()
-    foreign = Foreign(disk(tmp_path / "disk", after="O", kind="qcow2"),
+    foreign = Foreign(disk(tmp_path / "disk", after="O", kind=kind),
                       cd(tmp_path / "cd.iso", b"the CD"))
     machine = await driver.create(replace(spec, display=True, foreign=foreign))
     try:
@@ -172,6 +174,32 @@ async def test_it_stands_still_goes_on_and_continues_from_a_checkpoint(
     (checkpoints / "base").write_bytes(b"QFI\xfb")
     with pytest.raises(CheckpointUnusable):
         await driver.create(replace(fresh(home, "damaged"), saved=Saved(checkpoints, kept.state)))
+
+
+async def test_layers_above_a_vdi_are_merged_as_others_are(spec: MachineSpec, home: Home,
+                                                           tmp_path: Path) -> None:
+    checkpoints = home.root / "checkpoints"
+    checkpoints.mkdir()
+    driver = QemuDriver()
+    given = disk(tmp_path / "disk", after=":", kind="vdi")
+    machine = await driver.create(replace(spec, foreign=Foreign(given)))
+    try:
+        await machine.start()
+        with anyio.fail_after(60):
+            await heard(machine, ";")
+        for number in range(MAX_LAYERS + 3):
+            kept = await machine.checkpoint(checkpoints, f"{number:02}", lambda: None)
+            if merging := machine._merging:
+                await merging
+    finally:
+        await machine.destroy()
+    given.unlink()
+    assert kept.state["layers"][0].endswith(".merged")
+    again = await driver.create(replace(fresh(home, "again"), saved=Saved(checkpoints, kept.state)))
+    # Each comes from the one before, which is on the disk.
+    rest = await said(again)
+    assert rest.endswith("YZ")
+    assert rest in "".join(map(chr, range(ord(";"), ord("Z") + 1)))
 
 
 @pytest.mark.parametrize("with_disk", [True, False])

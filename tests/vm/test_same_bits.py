@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 import vmjob
 from tests.conftest import lend
-from vmjob.home import Home
+from vmjob.home import Home, remove_tree
 from vmjob.image.store import Image
 from vmjob.machine.qemu import argv
 
@@ -40,6 +41,22 @@ VINA = ("vina --receptor 1iep_receptor.pdbqt --ligand 1iep_ligand.pdbqt --center
         "--exhaustiveness 1 --seed 42 --cpu 1 --num_modes 3 --out o.pdbqt >&2; cat o.pdbqt")
 #: Seconds for it, under emulation on a loaded computer.
 VINA_PATIENCE = 1500
+
+#: The code that Cosmology@Home runs, with what it needs: binaries for the guest's Python.
+CAMB_WHEELS = ("camb==2.0.5", "numpy==2.4.6", "scipy==1.17.1", "sympy==1.14.0", "mpmath==1.3.0",
+               "packaging==26.3")
+GUESTS_PYTHON = (3, 11)
+CAMB = """\
+import camb
+pars = camb.set_params(H0=67.5, ombh2=.022, omch2=.122, mnu=.06, omk=0, tau=.06, As=2e-9, ns=.965,
+                       lmax=1500)
+spectra = camb.get_results(pars).get_cmb_power_spectra(pars, CMB_unit="muK")
+temperature = spectra["total"][:, 0]
+print(float(temperature[220]), float(temperature.sum()))
+"""
+CAMB_PLAIN = "5323.5376988461685 2900211.3202634957\n"
+#: As for Vina.
+CAMB_PATIENCE = 1500
 
 
 def short(data: bytes) -> str:
@@ -82,6 +99,52 @@ async def test_baseline_docks_a_ligand_as_a_processor_without_fma(
         result = await machine.run(["sh", "-c", VINA], env={"LC_ALL": "C"})
     assert result.exit_code == 0, result.stderr_text
     assert short(result.stdout) == "464138068b702627"
+
+
+@pytest.fixture(scope="session")
+def camb_wheels(image_home: Home) -> Path:
+    """A directory with the wheels, downloaded once; it is kept where the session's images are."""
+    kept = image_home.root / f"wheels-{short(repr(CAMB_WHEELS).encode())}"
+    if not kept.exists():
+        made = kept.with_suffix(".new")
+        remove_tree(made)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made,
+             "--only-binary=:all:", "--implementation=cp",
+             "--python-version=" + ".".join(map(str, GUESTS_PYTHON)),
+             *(f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 27, 28)), *CAMB_WHEELS],
+            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            remove_tree(made)
+            pytest.skip("CAMB WAS NOT RUN: its wheels cannot be downloaded: "
+                        + done.stderr.strip()[-300:])
+        made.rename(kept)
+    return kept
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(CAMB_PATIENCE)
+async def test_baseline_computes_a_universe_as_a_processor_without_fma(
+        home: Home, science_image: Image, camb_wheels: Path, tmp_path: Path) -> None:
+    lend(science_image, home)
+    async with vmjob.AsyncMachine.create(image="science", memory_mb=2048, accel="tcg",
+                                         cpu="baseline", cold=True) as machine:
+        await machine.put(camb_wheels, "wheels")
+        unpacked = await machine.run(
+            ["sh", "-c", 'for each in wheels/*.whl; do python3 -m zipfile -e "$each" site; done'])
+        assert unpacked.exit_code == 0, unpacked.stderr_text
+        result = await machine.run(["python3", "-c", CAMB], env={"PYTHONPATH": "site"})
+        assert (result.exit_code, result.stdout_text) == (0, CAMB_PLAIN), result.stderr_text
+        libc = await machine.run(["getconf", "GNU_LIBC_VERSION"])
+    if (platform.machine() == "x86_64" and sys.platform == "linux"
+            and sys.version_info[:2] == GUESTS_PYTHON
+            and libc.stdout_text.strip() == os.confstr("CS_GNU_LIBC_VERSION")):
+        for wheel in camb_wheels.iterdir():
+            shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+        native = subprocess.run([sys.executable, "-c", CAMB], capture_output=True, check=True,
+                                env={**os.environ, **WITHOUT_FMA,
+                                     "PYTHONPATH": str(tmp_path / "site")})
+        assert result.stdout == native.stdout
 
 
 @pytest.mark.usefixtures("vm_home")

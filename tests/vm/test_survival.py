@@ -68,7 +68,7 @@ def ended_well(field: Field) -> None:
     pytest.param([Strike("checkpoint qmp migrate-continue", 2, "both"),
                   Strike("run fsync", 1, "both")], id="devices, resumed run"),
     pytest.param([Strike("checkpoint rename", 4, "self")], id="publish"),
-    pytest.param([Strike("checkpoint qmp migrate", 2, "qemu")], id="QEMU alone"),
+    pytest.param([Strike("checkpoint qmp migrate", 2, "hypervisor")], id="QEMU alone"),
     pytest.param([Strike("outputs mkdir", 1, "self"),
                   Strike("ended rename", 1, "self")], id="output, end"),
 ])
@@ -83,9 +83,9 @@ def test_a_killed_job_ends_with_the_right_answer(field: Field, strikes: list[Str
 NUMBERED = [
     (Step("first", "checkpoint link base", 1), "self"),
     (Step("first", "checkpoint rename N.json", 1), "both"),
-    (Step("resumed", "restore qmp cont", 1), "qemu"),
+    (Step("resumed", "restore qmp cont", 1), "hypervisor"),
     (Step("stopped", "stop checkpoint sync checkpoints", 2), "self"),
-    (Step("stopped", "stop checkpoint qmp migrate-continue", 1), "qemu"),
+    (Step("stopped", "stop checkpoint qmp migrate-continue", 1), "hypervisor"),
 ]
 
 
@@ -116,7 +116,7 @@ def test_a_signal_loses_nothing(field: Field, mode: str) -> None:
 
 
 def test_a_killed_qemu_is_told_and_the_job_can_be_continued(field: Field) -> None:
-    outcome = interrupted(field, "qemu")
+    outcome = interrupted(field, "hypervisor")
     assert (outcome.code, "[machine-died]" in outcome.stderr) == (125, True), outcome.stderr
     newest = field.newest()
     assert newest == 2

@@ -107,6 +107,15 @@ async def test_a_copy_takes_the_clock_of_the_host_whatever_it_was_before(
             assert abs(said - (time.time() + moved)) < 5
 
 
+async def test_a_small_program_has_a_small_peak_of_memory(copied) -> None:  # type: ignore[no-untyped-def]
+    """Not that of the agent, which had nearly all of the machine before it was frozen."""
+    async def ignore(stream: str, data: bytes) -> None: ...
+
+    async with copied() as session:
+        end = await session.client.follow(await session.client.start(["true"]), ignore)
+        assert 0 < end.rusage["ru_maxrss"] < 32 << 10  # KiB
+
+
 async def test_a_name_resolves_in_a_copy(copied) -> None:  # type: ignore[no-untyped-def]
     async with copied() as session:
         script = "import socket; print(socket.gethostbyname(socket.gethostname()))"

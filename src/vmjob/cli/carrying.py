@@ -59,6 +59,7 @@ class How:
     prepare_only: bool = False
     #: Let other computers reach the ports that the job opens for them.
     remote_ports: bool = False
+    hypervisor: str = "auto"
 
 
 def leave(code: int) -> NoReturn:
@@ -115,22 +116,24 @@ async def carry(job: Job | None, how: How) -> int:
 async def _carry(home: Home, job: Job, how: How, slot: Slot | None, control: Control,
                  grid: _Grid) -> Record:
     from vmjob.engine.clock import Pace
-    from vmjob.engine.run import Request, Survival, prepare, run_job
-    from vmjob.machine.qemu.driver import QemuDriver
+    from vmjob.engine.request import Request, Survival
+    from vmjob.engine.run import prepare, run_job
     from vmjob.shape import doubt, machine_shape
 
     grid.phase("image")
-    shape, image, why = await machine_shape(
-        home, job.image, how.accel, memory_mb=job.memory_mb, cpus=job.cpus, disk_gb=job.disk_gb,
-        network=job.network, cpu=how.cpu, progress=grid.building)
+    made = await machine_shape(
+        home, job.image, how.accel, hypervisor=how.hypervisor, memory_mb=job.memory_mb,
+        cpus=job.cpus, disk_gb=job.disk_gb, network=job.network, cpu=how.cpu,
+        progress=grid.building)
     survival = None
     if slot is not None:
         survival = Survival(slot, Pace(how.every), how.slot_limit and how.slot_limit * MIB)
+    image = made.image
     facts = {"name": image.name, "digest": image.manifest.parts["root"].sha256,
              "kernel": image.manifest.kernel_version}
-    shape = replace(shape, priority=how.priority, display=job.hardware.screen)
-    request = Request(job, QemuDriver(), shape, facts,
-                      {"accelerator_why": why},
+    shape = replace(made.spec, priority=how.priority, display=job.hardware.screen)
+    request = Request(job, made.driver, shape, facts,
+                      {"accelerator_why": made.why},
                       hashes=how.as_json, cold=how.cold, survival=survival, control=control,
                       keep=Path("vmjob-failed").absolute() if how.keep else None,
                       remote_ports=how.remote_ports)
@@ -170,9 +173,10 @@ def _take_slot(stack: contextlib.ExitStack, job: Job | None,
                how: How) -> tuple[Slot, Job, How, Record | None]:
     """Own the slot: begin a job in it, or find the one to continue and what it was asked for."""
     from vmjob.engine.slot import Asked, Slot
+    from vmjob.job.files import is_directory
 
     assert how.slot is not None
-    if job is None and not how.slot.is_dir():
+    if job is None and not is_directory(how.slot):
         raise SlotUnusable(f"there is no slot {how.slot}")
     slot = stack.enter_context(Slot.claim(how.slot.absolute()))
     if job is not None:
@@ -181,12 +185,13 @@ def _take_slot(stack: contextlib.ExitStack, job: Job | None,
             _keep_input(how.stdin, slot.root / STDIN)
         # Not stdout: whoever continues it wants to see the job's own there, or not.
         events = None if how.events in (None, "-") else str(Path(how.events).absolute())
-        slot.begin(Asked(job, how.accel, how.cpu, how.every, events, how.remote_ports))
+        slot.begin(Asked(job, how.accel, how.cpu, how.every, events, how.remote_ports,
+                         how.hypervisor))
     asked = slot.asked()
     stdin = slot.root / STDIN
     how = replace(how, accel=asked.accel, cpu=asked.cpu, every=asked.checkpoint_every,
                   events=how.events or asked.events, remote_ports=asked.remote_ports,
-                  stdin=str(stdin) if stdin.exists() else "none")
+                  hypervisor=asked.hypervisor, stdin=str(stdin) if stdin.exists() else "none")
     return slot, asked.job, how, slot.result()
 
 

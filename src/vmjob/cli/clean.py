@@ -33,6 +33,7 @@ def clean(dry_run: bool, templates: bool, as_json: bool) -> None:
     broken = store.unreadable()
     if not dry_run:
         store.sweep()
+        ImageStore(home).sweep()
         broken = store.remove_unreadable()
     images = {image.digest for image in ImageStore(home).list()}
     old = [each for each in store.all() if templates or each.manifest.image not in images]
@@ -45,6 +46,11 @@ def clean(dry_run: bool, templates: bool, as_json: bool) -> None:
                                   *(each.name for each in broken)],
                     "templates_in_use": [each.key for each in old if each not in removed]})
         return
+    # What dead owners' VirtualBox has in /tmp: nothing that anybody misses, so it is not told.
+    if not dry_run:
+        from vmjob.machine.virtualbox.service import sweep_orphans
+
+        sweep_orphans()
     gone = [*(each.directory for each in found), *left, *(each.directory for each in removed),
             *broken]
     for directory in gone:

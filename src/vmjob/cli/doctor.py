@@ -21,9 +21,9 @@ def doctor(fresh: bool, as_json: bool) -> None:
     """Say what this computer can do, what is wrong, and what to do about it.
 
     Accelerators are proved by booting a small guest, which takes some seconds the first time.
-    Exit code 0 only when a job can run; 1 when not.
+    Exit code 0 only when a plain `vmjob run` can run a job; 1 when not.
     """
-    from vmjob.diagnosis import diagnose
+    from vmjob.diagnosis import INTERPRETED, INTERPRETER, diagnose
     from vmjob.home import Home
 
     findings = diagnose(Home(), fresh=fresh)
@@ -33,7 +33,10 @@ def doctor(fresh: bool, as_json: bool) -> None:
     else:
         for finding in findings:
             _show(finding)
-        click.echo("\nA job can run here." if able else "\nNo job can run here yet.")
+        click.echo("\n" + ("A job can run here." if able else
+                           f"A job can run here only with {INTERPRETED}, slowly."
+                           if any(finding.what == INTERPRETER for finding in findings) else
+                           "No job can run here yet."))
     sys.exit(0 if able else 1)
 
 

@@ -47,12 +47,13 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
     One line for each finding:  FILE:LINE: level: what (write: instead)
       error    there is no job: nothing would run
       warning  probably not what the author meant
-      note     done in another way here than elsewhere, or not needed here
+      note     done in another way here than elsewhere, not needed here, or good to know
 
     \b
     Exit code: 0 no errors and no warnings, 1 warnings only, 2 errors.
 
-    Nothing runs. Disk images and init_data.xml are looked for beside the file.
+    Nothing runs. Disk images and init_data.xml are looked for beside the file, and programs that
+    go into the machine are searched for instructions whose results differ between processors.
     """
     readings = [(file, _checked(file)) for file in files]
     if as_json:
@@ -140,17 +141,21 @@ def _checked(file: Path) -> Reading:
     except VmjobError as error:
         finding = Finding(Level.ERROR, 0, error.code, error.message)
         return Reading("", (finding,), None)
-    here = _memory_here(reading)
+    if reading.job is None:
+        return reading
+    from vmjob.job import programs
+
+    here = _memory_here(reading.job) + programs.findings(reading.job)
     return dataclasses.replace(reading, findings=reading.findings + here) if here else reading
 
 
-def _memory_here(reading: Reading) -> tuple[Finding, ...]:
+def _memory_here(job: Job) -> tuple[Finding, ...]:
     from vmjob.host.facts import memory
 
-    if reading.job is None or reading.job.memory_mb * MIB <= (total := memory().total):
+    if job.memory_mb * MIB <= (total := memory().total):
         return ()
     return (Finding(Level.WARNING, 0, "memory-here",
-                    f"the job wants {reading.job.memory_mb} MiB of memory; "
+                    f"the job wants {job.memory_mb} MiB of memory; "
                     f"this computer has {total // MIB}"),)
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from vmjob.cli.carrying import How, carry, leave
+from vmjob.cli.hypervisors import hypervisor_options
 from vmjob.cli.run import CHECKPOINT_EVERY
 from vmjob.errors import JobFileInvalid, UsageError
 from vmjob.job.model import Job
@@ -38,9 +39,7 @@ __all__ = ["apart", "run", "wanted"]
 @click.option("--sporadic", is_flag=True, help="Tell the job that it may compute now: shared/ca.")
 @click.option("--register_only", is_flag=True,
               help="Make everything ready for the job's machine, and do not run it.")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "hvf", "whpx", "tcg"]),
-              default="auto", show_default=True,
-              help="auto: the fastest that a guest boot has proved to work.")
+@hypervisor_options
 @click.option("--cpu", metavar="host|baseline|MODEL",
               help="Default: what FILE says, else baseline: the same answers everywhere.")
 @click.option("--stdin", default="none", metavar="auto|none|FILE", show_default=True,
@@ -69,7 +68,8 @@ __all__ = ["apart", "run", "wanted"]
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARG...]")
 def run(file: Path, directory: Path | None, project: Path | None, image: str | None,
         cpus: int | None, memory: float | None, vmimage: int | None, trickle: float | None,
-        sporadic: bool, register_only: bool, accel: str, cpu: str | None, stdin: str, cold: bool,
+        sporadic: bool, register_only: bool, hypervisor: str, accel: str, cpu: str | None,
+        stdin: str, cold: bool,
         allow_remote_ports: bool, slot: Path | None, checkpoint_every: float | None,
         slot_limit: int | None, stop_deadline: float, priority: str, keep_on_failure: bool,
         events: str | None, as_json: bool, quiet: bool, arguments: tuple[str, ...]) -> NoReturn:
@@ -104,7 +104,7 @@ def run(file: Path, directory: Path | None, project: Path | None, image: str | N
               every=_every(job, checkpoint_every) if slot else None, slot_limit=slot_limit,
               stop_deadline=stop_deadline, priority=Priority(priority), keep=keep_on_failure,
               as_json=as_json, quiet=quiet, events=events, prepare_only=register_only,
-              remote_ports=allow_remote_ports)
+              remote_ports=allow_remote_ports, hypervisor=hypervisor)
     leave(asyncio.run(carry(job, how)))
 
 

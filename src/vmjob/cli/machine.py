@@ -15,6 +15,7 @@ import click
 
 from vmjob.cli.carrying import leave
 from vmjob.cli.executing import attached, counts_of, executed
+from vmjob.cli.hypervisors import hypervisor_options
 from vmjob.cli.main import fail, print_json
 from vmjob.cli.run import environment_of
 from vmjob.errors import UsageError, VmjobError
@@ -83,16 +84,14 @@ def machine() -> None:
               help="The most that the machine may write to its disk, GiB.")
 @click.option("--network", type=click.Choice([n.value for n in Network]), default="none",
               show_default=True, help="What the machine can reach.")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "hvf", "whpx", "tcg"]),
-              default="auto", show_default=True,
-              help="auto: the fastest that a guest boot has proved to work.")
+@hypervisor_options
 @click.option("--cpu", default="host", show_default=True, metavar="host|baseline|MODEL",
               help="host: the fastest. baseline: checkpoints that any computer can continue.")
 @click.option("--priority", type=click.Choice([p.value for p in Priority]), default="low",
               show_default=True, help="low: it gets only what no other program wants.")
 @answering
-def create(name: str, image: str, memory: int, cpus: int, disk: int, network: str, accel: str,
-           cpu: str, priority: str, as_json: bool) -> None:
+def create(name: str, image: str, memory: int, cpus: int, disk: int, network: str,
+           hypervisor: str, accel: str, cpu: str, priority: str, as_json: bool) -> None:
     """Make a machine and print its name; nothing starts.
 
     With the name `auto`, one is found: m1, m2 and so on.
@@ -105,7 +104,7 @@ def create(name: str, image: str, memory: int, cpus: int, disk: int, network: st
     if image != DEFAULT_NAME:
         ImageStore(home).get(image)
     made = slots.create(home, name, AskedMachine(image, memory, cpus, disk, network, accel, cpu,
-                                                 priority))
+                                                 priority, hypervisor))
     _say(as_json, made, {"name": made, "state": "created"})
 
 
@@ -337,9 +336,11 @@ def get(name: str, source: str, destination: str | None, as_json: bool) -> None:
 
     It appears there whole or not at all.
     """
+    from vmjob.job.files import is_directory
+
     short = PurePosixPath(source).name
     target = Path(destination or short).absolute()
-    if destination and (destination.endswith("/") or target.is_dir()):
+    if destination and (destination.endswith("/") or is_directory(target)):
         target /= short
     done = _run(client.ask(Home(), name, "get",
                            {"source": source, "destination": str(target)}, None),

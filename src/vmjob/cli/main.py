@@ -112,4 +112,9 @@ def print_json(content: dict[str, Any]) -> None:
     """Machine-readable output: one JSON document on stdout."""
     import json  # most calls print none
 
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name that is no UTF-8
+        text = json.dumps(content, indent=2)
+    click.echo(text)

@@ -35,6 +35,7 @@ __all__ = ["project"]
 CHECKPOINT_PERIOD, VOLUNTEERS_PERIOD = 60.0, 10.0
 EXIT_JOBS_FAILED = 1
 NO_IMAGE = "none"
+KEPT = "vmjob: everything is in {}; remove it when you have seen it."
 #: Seconds that a trial may take unless --deadline says another time.
 DEADLINE = 3600.0
 
@@ -253,7 +254,7 @@ def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tupl
         if root is None:
             root = Path(tempfile.mkdtemp(prefix="vmjob-dev-"))
             # Kept once there are outputs in it, or a client's messages that tell what went wrong.
-            stack.callback(_remove_unless_used, root)
+            stack.callback(_remove_unless_used, root, say=not with_client)
         server = stack.enter_context(DevServer(
             root, port=port, key=signing.read_key(key) if key is not None else None))
         apps = {}
@@ -278,9 +279,13 @@ def serve_dev(versions: tuple[Path, ...], inputs: tuple[str, ...], outputs: tupl
 # -- inside ------------------------------------------------------------------------------------
 
 
-def _remove_unless_used(root: Path) -> None:
-    if not (root / "client").exists():
+def _remove_unless_used(root: Path, *, say: bool) -> None:
+    """``say``: where what is kept is; else whoever shows the results does."""
+    uploads = root / "upload"
+    if not (root / "client").exists() and not (uploads.is_dir() and any(uploads.iterdir())):
         remove_tree(root)
+    elif say:
+        click.echo(KEPT.format(root), err=True)
 
 
 def _serve(server: DevServer, *, as_json: bool) -> None:
@@ -358,7 +363,7 @@ def _show(results: list[Result], root: Path, *, as_json: bool) -> None:
             click.echo(f"  | {_plain(text)}")
         for name, path in each.outputs.items():
             click.echo(f"  {name}: {path} ({path.stat().st_size} bytes)")
-    click.echo(f"vmjob: everything is in {root}; remove it when you have seen it.", err=True)
+    click.echo(KEPT.format(root), err=True)
 
 
 def _line(result: Result) -> str:

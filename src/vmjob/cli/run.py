@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from vmjob.cli.carrying import How, carry, leave
+from vmjob.cli.hypervisors import hypervisor_options
 from vmjob.errors import UsageError
 from vmjob.job.files import parse_input, parse_output
 from vmjob.job.model import DEFAULT_STREAM_LIMIT, Job, Network, OnFlood, Task
@@ -42,9 +43,7 @@ CHECKPOINT_EVERY = 300.0
               help="End the job after S seconds (the boot does not count).")
 @click.option("--network", type=click.Choice([n.value for n in Network]), default="none",
               show_default=True, help="What the job can reach.")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "hvf", "whpx", "tcg"]),
-              default="auto", show_default=True,
-              help="auto: the fastest that a guest boot has proved to work.")
+@hypervisor_options
 @click.option("--cpu", default="host", show_default=True, metavar="host|baseline|MODEL",
               help="host: the fastest. baseline: the same answers on every computer.")
 @click.option("--user", metavar="NAME", help="User in the machine; default: job. root is possible.")
@@ -79,11 +78,11 @@ CHECKPOINT_EVERY = 300.0
                 metavar="-- CMD [ARG]...")
 def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
         environment: tuple[str, ...], cpus: int, memory: int, disk: int,
-        time_limit: float | None, network: str, accel: str, cpu: str, user: str | None, stdin: str,
-        output_limit: int | None, stream_limit: int, on_flood: str, cold: bool, slot: Path | None,
-        resume: Path | None, checkpoint_every: float | None, slot_limit: int | None,
-        stop_deadline: float, priority: str, keep_on_failure: bool, as_json: bool, quiet: bool,
-        command: tuple[str, ...]) -> NoReturn:
+        time_limit: float | None, network: str, hypervisor: str, accel: str, cpu: str,
+        user: str | None, stdin: str, output_limit: int | None, stream_limit: int, on_flood: str,
+        cold: bool, slot: Path | None, resume: Path | None, checkpoint_every: float | None,
+        slot_limit: int | None, stop_deadline: float, priority: str, keep_on_failure: bool,
+        as_json: bool, quiet: bool, command: tuple[str, ...]) -> NoReturn:
     """Run a command in a throw-away virtual machine.
 
     The command starts in an empty directory, as an unprivileged user, without network. Its
@@ -105,7 +104,7 @@ def run(image: str, inputs: tuple[str, ...], outputs: tuple[str, ...],
     """
     how = How(accel=accel, cpu=cpu, cold=cold, stdin=stdin, slot=slot or resume, every=None,
                slot_limit=slot_limit, stop_deadline=stop_deadline, priority=Priority(priority),
-               keep=keep_on_failure, as_json=as_json, quiet=quiet)
+               keep=keep_on_failure, as_json=as_json, quiet=quiet, hypervisor=hypervisor)
     if resume is not None:
         if command or slot or checkpoint_every:
             raise UsageError("--resume continues the job as it was asked for: no CMD, --slot or "

@@ -12,7 +12,8 @@ from vmjob.grid.contract import Grid
 from vmjob.job.model import Hardware, Job
 from vmjob.machine.contract import Machine
 
-__all__ = ["fill_mailbox", "read_mailbox", "show_screen", "take_picture"]
+__all__ = ["fill_mailbox", "read_mailbox", "show_screen", "take_picture",
+           "tell_note"]
 
 
 def show_screen(machine: Machine, job: Job, grid: Grid) -> None:
@@ -32,9 +33,13 @@ async def read_mailbox(session: Session, hardware: Hardware, grid: Grid, *,
                        isolated: bool) -> None:
     """After the last task: pass on what the job left there for the host."""
     if hardware.mailbox is not None:
-        note = await Mailbox(session.client, isolated=isolated).read()
-        if note is not None:
-            grid.message(f"mailbox: {note.decode('utf-8', 'replace')}")
+        tell_note(await Mailbox(session.client, isolated=isolated).read(), grid)
+
+
+def tell_note(note: bytes | None, grid: Grid) -> None:
+    """Pass on what a mailbox holds for the host, if it holds anything."""
+    if note is not None:
+        grid.message(f"mailbox: {note.decode('utf-8', 'replace')}")
 
 
 async def take_picture(machine: Machine, path: Path, grid: Grid) -> None:

@@ -16,7 +16,14 @@ import anyio.to_thread
 from vmjob.engine.ownership import claim, held
 from vmjob.engine.starting import boot
 from vmjob.engine.templates import Lease, TemplateStore, cap, key_of, room_for
-from vmjob.errors import AgentProtocol, AgentSilent, ClockWrong, HostDiskFull, TemplateUnusable
+from vmjob.errors import (
+    AgentProtocol,
+    AgentSilent,
+    ClockWrong,
+    HostDiskFull,
+    MachineError,
+    TemplateUnusable,
+)
 from vmjob.guest.client import SHORT_COMMAND, AgentClient, Identity
 from vmjob.home import Home
 from vmjob.host.unbroken import unbroken
@@ -32,10 +39,11 @@ WARMING = (("true",), ("true",), ("sh", "-c", "true"), ("python3", "-c", "pass")
 #: Seconds for which the machine is left alone before it is frozen: the kernel has work that it puts
 #: off (writing back, RCU), which else every copy would do.
 QUIET = 0.5
-#: By how much a machine's clock may seem faster or slower than this computer's, and how often a
-#: machine whose clock is wrong is made anew.
+#: By how much a machine's clock may seem faster or slower than this computer's.
 CLOCK_SLACK = 0.05
-CLOCK_ATTEMPTS = 3
+#: How often a machine is made whose clock is wrong, or which its hypervisor fails to freeze:
+#: without a template the job's machine would have to boot, too.
+ATTEMPTS = 3
 
 
 async def lease(home: Home, driver: Driver, shape: MachineSpec,
@@ -94,10 +102,10 @@ def _usable(store: TemplateStore, key: str) -> Lease | None:
 async def _make_right(home: Home, driver: Driver, shape: MachineSpec,
                       identity: dict[str, Any]) -> None:
     """Make a template whose clock is right: all copies will have it."""
-    for _ in range(CLOCK_ATTEMPTS - 1):
+    for _ in range(ATTEMPTS - 1):
         try:
             await _make(home, driver, shape, identity)
-        except ClockWrong:
+        except (ClockWrong, TemplateUnusable):
             continue
         return
     await _make(home, driver, shape, identity)
@@ -116,13 +124,17 @@ async def _make(home: Home, driver: Driver, shape: MachineSpec,
             client, hello = await boot(driver, machine)
             try:
                 try:
-                    with anyio.fail_after(WARM_DEADLINE):
+                    with anyio.fail_after(WARM_DEADLINE * spec.slowness):
                         await _warm(client, directory)
                         await client.sleep()
                 except TimeoutError:
                     raise AgentSilent("the machine does not end its first small commands") from None
                 await anyio.sleep(QUIET)
-                files = await machine.freeze()
+                try:
+                    files = await machine.freeze()
+                except MachineError as error:
+                    raise TemplateUnusable(f"a machine could not be frozen: {error.message}",
+                                           **error.context) from error
             finally:
                 client.close()
             try:

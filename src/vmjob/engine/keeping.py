@@ -50,6 +50,11 @@ class Kept(Protocol):
     @property
     def driver_name(self) -> str: ...
 
+    @property
+    def copied(self) -> tuple[Path, ...]:
+        """What its user brought that the first checkpoint copies, also where it could link it."""
+        ...
+
 
 S = TypeVar("S")
 
@@ -69,7 +74,7 @@ async def keep(generations: Generations, session: Kept, progress: Callable[[], P
 async def _keep(generations: Generations, session: Kept, progress: Callable[[], Progress],
                 settle: Callable[[], Awaitable[None]], room: int | None) -> Generation:
     spec = session.machine.spec
-    _check_room(generations, spec, room)
+    _check_room(generations, spec, room, session.copied)
     number = generations.next_number()
     noted: list[Progress] = []
     checkpoint = await session.machine.checkpoint(
@@ -133,10 +138,11 @@ def _next(candidates: Iterator[Generation | CheckpointUnusable],
     return None
 
 
-def _check_room(generations: Generations, spec: MachineSpec, room: int | None) -> None:
+def _check_room(generations: Generations, spec: MachineSpec, room: int | None,
+                copied: tuple[Path, ...] = ()) -> None:
     """Refuse to begin what would fill the disk, or break the limit of who owns it."""
     directory: Path = generations.directory
-    most = spec.memory_mb * MIB + _copied(generations, spec)
+    most = spec.memory_mb * MIB + _copied(generations, spec, copied)
     if shutil.disk_usage(directory).free < most + LEFT_FREE:
         raise HostDiskFull(f"there is no room for another checkpoint in {directory}")
     if room is not None and most > room:
@@ -144,19 +150,33 @@ def _check_room(generations: Generations, spec: MachineSpec, room: int | None) -
                            f"the job ({max(0, room) // MIB} MiB)")
 
 
-def _copied(generations: Generations, spec: MachineSpec) -> int:
-    """Bytes of what the first checkpoint has copied of the image and the template.
+def _copied(generations: Generations, spec: MachineSpec, copied: tuple[Path, ...]) -> int:
+    """Bytes of what the first checkpoint has copied: image, template, what its user brought.
 
-    None where the files can be linked. What an attempt that failed has copied is not copied again.
+    None where the files can be linked, but for those that are ``copied`` in any case. What an
+    attempt that failed has copied is not copied again.
     """
-    if spec.saved is not None or spec.boot is None or generations.listed():
+    if spec.saved is not None or generations.listed():
         return 0
-    image = [spec.boot.root, spec.boot.scratch]
+    image = [spec.boot.root, spec.boot.scratch] if spec.boot else []
     template = [path for path in spec.template.iterdir() if path.is_file()] if spec.template else []
     # The files of either lie in one directory and are of one owner: one tells of all.
     sizes = [path.stat().st_size for files in (image, template)
              if files and not _linkable(files[0], generations.directory) for path in files]
+    brought = list(spec.attached.parts().values()) if spec.attached else []
+    if spec.foreign is not None:
+        brought += [path for path in (spec.foreign.disk, spec.foreign.iso) if path is not None]
+    sizes += [_size(path) for path in brought
+              if path in copied or not _linkable(path, generations.directory)]
     return max(0, sum(sizes) - generations.disk_bytes())
+
+
+def _size(path: Path) -> int:
+    """Bytes of what a user brought; 0 where it is gone, which whoever copies it tells."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _linkable(path: Path, directory: Path) -> bool:

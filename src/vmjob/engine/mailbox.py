@@ -7,21 +7,27 @@
 
 That is the floppy disk of BOINC's vboxwrapper (``floppyIO``). Debian's cloud kernel has no driver
 for floppy disks (it lacks CONFIG_ISA_DMA_API), so ``/dev/fd0`` is a disk in the guest's memory: it
-is part of every checkpoint, and no device has to be there when the machine is made.
+is part of every checkpoint, and no device has to be there when the machine is made. A guest without
+an agent, whose hypervisor has floppy disks, has a real one.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from vmjob.errors import AgentProtocol, GuestRefused, ImageOutdated, UsageError
 from vmjob.guest.client import AgentClient
 from vmjob.job.model import MAILBOX_HALF
 
-__all__ = ["DEVICE", "MOST", "SIZE", "Mailbox", "pack", "unpack"]
+__all__ = ["DEVICE", "MOST", "SIZE", "Mailbox", "make_floppy", "pack", "read_floppy",
+           "unpack"]
 
 #: Bytes of the disk, of each half of it, and of a note without its NUL.
 SIZE = 28672
 HALF = MAILBOX_HALF
 MOST = HALF - 1
+#: Bytes of a floppy disk that every system knows; the mailbox is its beginning.
+FLOPPY_SIZE = 1440 << 10
 #: Where the flags are.
 FOR_GUEST, FOR_HOST = 2 * HALF, 2 * HALF + 1
 
@@ -67,6 +73,20 @@ def unpack(disk: bytes) -> bytes | None:
     if not disk[FOR_HOST]:
         return None
     return disk[HALF:2 * HALF].partition(b"\0")[0]
+
+
+def make_floppy(path: Path, note: bytes) -> None:
+    """Make the content of a floppy disk that is a mailbox; raises `UsageError`, `OSError`."""
+    path.write_bytes(pack(note).ljust(FLOPPY_SIZE, b"\0"))
+
+
+def read_floppy(path: Path) -> bytes | None:
+    """The note for the host on it; None where there is none, or nothing that could be read."""
+    try:
+        with path.open("rb") as file:
+            return unpack(file.read(SIZE))
+    except (OSError, ValueError):
+        return None
 
 
 class Mailbox:

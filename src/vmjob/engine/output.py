@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import anyio
+import anyio.to_thread
 
 from vmjob.engine.record import Record
 from vmjob.errors import HostDiskFull
 from vmjob.grid.contract import Grid
+from vmjob.host import durable
 from vmjob.job.model import Job
 
 if TYPE_CHECKING:
     from vmjob.engine.slot import Streams
 
-__all__ = ["Output", "mark_duration"]
+__all__ = ["Output", "make_safe", "mark_duration"]
 
 #: What stands in that file: vboxwrapper's words, in case somebody compares them.
 DURATION_OVER = "Work Unit completed.\n"
@@ -69,6 +73,21 @@ class Output:
         seen = self.position
         self._record.stdout_bytes, self._record.stderr_bytes = seen["stdout"], seen["stderr"]
         self._record.discarded_bytes = sum(max(0, each - self._limit) for each in seen.values())
+
+
+async def make_safe(job: Job, came: Iterable[Path]) -> None:
+    """See that what the job made survives a power cut: its checkpoints are about to go.
+
+    The record of its end is safe at once; without this it could tell of outputs that are empty.
+    ``came``: files that came through its folders. Raises `HostDiskFull`.
+    """
+    made = [*(output.destination for output in job.outputs), *came]
+    if job.duration_file is not None:
+        made.append(job.duration_file)
+    try:
+        await anyio.to_thread.run_sync(durable.sync_all, made)
+    except OSError as error:
+        raise HostDiskFull(f"the job's outputs could not be written: {error.strerror}") from error
 
 
 def mark_duration(job: Job) -> None:

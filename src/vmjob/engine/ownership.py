@@ -21,7 +21,7 @@ import anyio
 from vmjob.errors import HomeUnusable, HostDiskFull
 from vmjob.home import Home, remove_tree
 
-__all__ = ["Leftover", "claim", "held", "leftovers", "sweep"]
+__all__ = ["OWNER", "Leftover", "claim", "held", "leftovers", "sweep"]
 
 #: Seconds between looks at a lock that another process holds.
 LOCK_PERIOD = 0.05
@@ -64,8 +64,10 @@ def claim(home: Home) -> Iterator[tuple[str, Path]]:
     try:
         yield name, directory
     finally:
-        remove_tree(directory)
-        os.close(fd)
+        try:
+            remove_tree(directory)
+        finally:
+            os.close(fd)
 
 
 @contextlib.asynccontextmanager

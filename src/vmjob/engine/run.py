@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 
-from vmjob.engine.clock import Pace, RunClock
-from vmjob.engine.control import Control
+from vmjob.engine.clock import RunClock
 from vmjob.engine.devices import fill_mailbox, read_mailbox, show_screen, take_picture
 from vmjob.engine.life import Life, State
-from vmjob.engine.output import Output, mark_duration
+from vmjob.engine.output import Output, make_safe, mark_duration
 from vmjob.engine.record import Record, describe_output, exit_code_of
+from vmjob.engine.request import Request
 from vmjob.engine.session import Session, beside, describe, open_session
 from vmjob.engine.work import Work
 from vmjob.errors import (
-    HostDiskFull,
     JobError,
     OutputMissing,
     TimeLimit,
@@ -30,60 +28,19 @@ from vmjob.errors import (
 )
 from vmjob.grid.contract import Grid
 from vmjob.home import Home
-from vmjob.host import durable
 from vmjob.job.files import INIT_DATA
 from vmjob.job.model import Job
-from vmjob.machine.contract import Driver, MachineSpec
 
 if TYPE_CHECKING:
     from vmjob.engine.generations import Generation
     from vmjob.engine.sharing import Sharing
-    from vmjob.engine.slot import Slot
 
-__all__ = ["Request", "Survival", "prepare", "run_job"]
+__all__ = ["prepare", "run_job"]
 
 GIB = 1 << 30
 #: Seconds between looks at this computer's clock, and by how many it must have jumped.
 CLOCK_PERIOD = 5.0
 CLOCK_JUMP = 1.0
-
-
-@dataclass(frozen=True)
-class Survival:
-    """How a job survives the end of the process that carries it.
-
-    Everything of it is in ``slot``. Checkpoints are made at ``pace`` (None in it: only when asked
-    for); the slot may take ``disk_limit`` bytes (None: what there is). Where the slot has
-    checkpoints, the job continues from the newest that is good.
-    """
-
-    slot: Slot
-    pace: Pace = field(default_factory=Pace)
-    disk_limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A job with what it runs on: a driver, the shape of its machine, and whom to tell.
-
-    ``image_facts`` and ``machine_facts`` go into the record; the latter with what the driver tells.
-    ``cold``: boot the machine, whatever templates there are. ``hashes``: whether the record gets
-    the outputs' SHA-256 (they are read once more for it). ``keep``: where a failed job's machine
-    logs go, if anywhere. ``control``: for who wants to suspend or keep it. ``remote_ports``:
-    whether ports that the job wants to open for other computers may be.
-    """
-
-    job: Job
-    driver: Driver
-    shape: MachineSpec
-    image_facts: dict[str, Any]
-    machine_facts: dict[str, Any] = field(default_factory=dict)
-    cold: bool = False
-    hashes: bool = False
-    keep: Path | None = None
-    survival: Survival | None = None
-    control: Control = field(default_factory=Control)
-    remote_ports: bool = False
 
 
 async def run_job(home: Home, request: Request, grid: Grid) -> Record:
@@ -94,9 +51,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
     brings.
     """
     if not request.job.tasks:
-        from vmjob.engine.foreign import run_foreign
-
-        return await run_foreign(home, request, grid)
+        return await _run_disk(home, request, grid)
     record = Record(image=request.image_facts, machine=dict(request.machine_facts))
     life = Life(record, grid)
     failure: VmjobError | None = None
@@ -120,6 +75,10 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 sharing = _sharing(session, request, grid, generation)
                 if generation is None:
                     life.enter(State.INPUTS)
+                    if request.shape.attached is not None:
+                        from vmjob.engine.system import find_system
+
+                        await find_system(session)
                     await _put_inputs(session, request.job, grid)
                     await fill_mailbox(session, hardware, isolated=isolated)
                     if sharing is not None:
@@ -145,7 +104,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
                 if record.tasks and record.tasks[-1].ended_by == "duration":
                     mark_duration(request.job)
                 if request.survival is not None:
-                    await _make_safe(request.job, sharing)
+                    await make_safe(request.job, sharing.came() if sharing else ())
             session.failed = record.exit_code != 0
             life.enter(State.END)
             if session.failed and request.keep is not None:
@@ -173,6 +132,24 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
             isinstance(failure, JobError) and not failure.retryable)):
         request.survival.slot.end(record)
     return record
+
+
+async def _run_disk(home: Home, request: Request, grid: Grid) -> Record:
+    """Carry a job without tasks, on the disk or CD that it brings.
+
+    Where it needs an agent, and there is a Linux system on the disk, that runs on our kernel: see
+    `vmjob.engine.system`. Else the machine boots by its BIOS.
+    """
+    from vmjob.engine.foreign import run_foreign
+    from vmjob.engine.system import NoSystem, hosted
+
+    if (in_ours := hosted(request)) is not None:
+        try:
+            return await run_job(home, in_ours, grid)
+        except NoSystem as why:
+            grid.warning(f"the disk boots by its BIOS: there is no Linux system on it that could "
+                         f"be started otherwise ({why})")
+    return await run_foreign(home, request, grid)
 
 
 async def prepare(home: Home, request: Request) -> Record:
@@ -210,7 +187,8 @@ async def _begun(home: Home, request: Request, grid: Grid,
 async def _put_inputs(session: Session, job: Job, grid: Grid) -> None:
     for given in job.inputs:
         source = given.source
-        if source.name == INIT_DATA and source.is_file():  # as in a folder: without the secrets
+        # As in a folder: without the secrets, whatever leads to it.
+        if os.path.realpath(source).endswith(f"{os.sep}{INIT_DATA}") and source.is_file():
             from vmjob.job.secrets import redacted_bytes
 
             content = await anyio.to_thread.run_sync(source.read_bytes)
@@ -227,7 +205,8 @@ def _sharing(session: Session, request: Request, grid: Grid,
         return None
     from vmjob.engine.sharing import Sharing
 
-    return Sharing(session, request.job, grid, request.survival.slot if request.survival else None,
+    return Sharing(session.client, request.job, grid,
+                   request.survival.slot if request.survival else None,
                    generation.progress.folders if generation else {})
 
 
@@ -272,7 +251,7 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
                 await helpers.enter_async_context(beside(tell_share(clock, grid, job.duration)))
             if sharing is not None:
                 await helpers.enter_async_context(beside(sharing.keep_in_step(
-                    work, clock, grid, request.control, survival.slot if survival else None)))
+                    work.end, clock, grid, request.control, survival.slot if survival else None)))
             if checkpointer is not None and survival is not None:
                 await helpers.enter_async_context(beside(checkpointer.every(survival.pace)))
             await work.run()
@@ -281,20 +260,6 @@ async def _run_tasks(home: Home, request: Request, grid: Grid, life: Life, sessi
             work.conclude()
         if streams is not None:
             await anyio.to_thread.run_sync(streams.sync)
-
-
-async def _make_safe(job: Job, sharing: Sharing | None) -> None:
-    """See that what the job made survives a power cut: its checkpoints are about to go.
-
-    The record of its end is safe at once; without this it could tell of outputs that are empty.
-    """
-    made = [output.destination for output in job.outputs] + (sharing.came() if sharing else [])
-    if job.duration_file is not None:
-        made.append(job.duration_file)
-    try:
-        await anyio.to_thread.run_sync(durable.sync_all, made)
-    except OSError as error:
-        raise HostDiskFull(f"the job's outputs could not be written: {error.strerror}") from error
 
 
 async def _keep_time(session: Session, life: Life) -> None:

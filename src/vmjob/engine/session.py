@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ from typing import Any
 import anyio
 
 from vmjob.engine import freezing
-from vmjob.engine.ownership import claim, sweep
+from vmjob.engine.ownership import OWNER, claim, sweep
 from vmjob.engine.starting import boot, explain, restore, thaw
 from vmjob.engine.templates import Lease, TemplateStore
 from vmjob.errors import (
@@ -35,8 +34,8 @@ from vmjob.machine.contract import TEMPLATE_DISK_GB, Driver, Machine, MachineSpe
 
 __all__ = ["Place", "Session", "beside", "describe", "open_session"]
 
-#: Files of a machine's directory that `keep` copies: what a failure report needs.
-REPORT = ("argv.json", "qmp.json", "console.log", "qemu.log", "owner.json")
+#: Bytes of each log that a report of a failure keeps, the last ones.
+REPORTED = 4 << 20
 
 
 #: Seconds after which an answer came too late for the time that was told with the question to be
@@ -50,6 +49,8 @@ Place = Callable[[], AbstractContextManager[tuple[str, Path]]]
 
 class Session:
     """One machine that answers. Made by `open_session`, which also ends it."""
+
+    copied: tuple[Path, ...] = ()
 
     def __init__(self, machine: Machine, client: AgentClient, hello: Hello,
                  started: float, driver_name: str) -> None:
@@ -112,7 +113,7 @@ async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: 
     place = place or functools.partial(claim, home)
     async with contextlib.AsyncExitStack() as stack:
         session = why = None
-        if not cold and driver.capabilities.templates and shape.saved is None:
+        if not cold and shape.saved is None and _has_templates(driver, shape):
             try:
                 template = await freezing.lease(home, driver, shape, on_phase)
                 stack.callback(template.close)
@@ -124,6 +125,11 @@ async def open_session(home: Home, driver: Driver, shape: MachineSpec, *, cold: 
                 _machine(driver, shape, on_phase, keep, place))
             session.cold_because = why
         yield session
+
+
+def _has_templates(driver: Driver, shape: MachineSpec) -> bool:
+    able = driver.capabilities
+    return able.templates and (able.growing or shape.disk_gb <= TEMPLATE_DISK_GB)
 
 
 async def _copy(stack: contextlib.AsyncExitStack, home: Home, driver: Driver, shape: MachineSpec,
@@ -156,7 +162,7 @@ async def _machine(driver: Driver, shape: MachineSpec, on_phase: Callable[[str],
                 if spec.saved:
                     client, hello = await restore(machine)
                 elif template:
-                    client = await thaw(machine, grown=spec.disk_gb > TEMPLATE_DISK_GB)
+                    client = await thaw(driver, machine, grown=spec.disk_gb > TEMPLATE_DISK_GB)
                     hello = template.manifest.hello
                 else:
                     client, hello = await boot(driver, machine)
@@ -175,10 +181,10 @@ async def _machine(driver: Driver, shape: MachineSpec, on_phase: Callable[[str],
                 with anyio.CancelScope(shield=True):
                     await machine.stop()
             if keep is not None and session.failed:
-                keep_report(directory, keep / name)
+                keep_report(machine, keep / name)
         except VmjobError as error:
             if keep is not None:
-                error.context["kept"] = str(keep_report(directory, keep / name))
+                error.context["kept"] = str(keep_report(machine, keep / name))
             raise
         finally:
             await machine.destroy()
@@ -200,12 +206,14 @@ async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             await task
 
 
-def keep_report(directory: Path, target: Path) -> Path:
-    """Copy a machine's logs; what is not there is left out."""
+def keep_report(machine: Machine, target: Path) -> Path:
+    """Copy the end of each of a machine's logs; what is not there is left out."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in REPORT:
-        with contextlib.suppress(OSError):
-            shutil.copy(directory / name, target / name)
+    for name in (*machine.logs, OWNER):
+        source = machine.spec.directory / name
+        with contextlib.suppress(OSError), source.open("rb") as log:
+            log.seek(max(0, source.stat().st_size - REPORTED))
+            (target / source.name).write_bytes(log.read(REPORTED))
     return target
 
 

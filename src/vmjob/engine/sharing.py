@@ -13,12 +13,12 @@ import anyio
 from vmjob.engine.clock import RunClock
 from vmjob.engine.control import Control
 from vmjob.engine.folders import Mirror
-from vmjob.engine.session import Session
 from vmjob.engine.slot import Slot
 from vmjob.engine.triggers import Sent, TriggerWatch
-from vmjob.engine.work import Work
+from vmjob.engine.work import Verdict
 from vmjob.errors import HostDiskFull, HostError, MachineError, Postponed, VmjobError
 from vmjob.grid.contract import Grid
+from vmjob.guest.client import AgentClient
 from vmjob.host import below
 from vmjob.job.model import SHARED, Job, Triggers
 from vmjob.job.secrets import redacted_bytes
@@ -32,20 +32,26 @@ CHECKPOINT_DEADLINE = 60.0
 LAST_TRICKLES = 60.0
 #: Where the slot remembers which trickles were sent.
 SENT = "trickles"
+#: Ends a job, whatever it still does.
+End = Callable[[Verdict | VmjobError], None]
+
 #: Ending of the files in which it remembers what came from the machine.
 JOURNAL = "-folder.journal"
 
 
 class Sharing:
-    """The folders of one job on one machine. ``known``: `Progress.folders`, when it goes on."""
+    """The folders of one job on one machine. ``known``: `Progress.folders`, when it goes on.
 
-    def __init__(self, session: Session, job: Job, grid: Grid, slot: Slot | None,
+    ``client``: the agent that sees the guest's side of them.
+    """
+
+    def __init__(self, client: AgentClient, job: Job, grid: Grid, slot: Slot | None,
                  known: Mapping[str, dict[str, Any]]) -> None:
         self._job = job
         self._triggers: TriggerWatch | None = None
         self._mirrors = {
             folder.name: Mirror(
-                folder, session.client, redact=redacted_bytes, warn=grid.warning,
+                folder, client, redact=redacted_bytes, warn=grid.warning,
                 known=known.get(folder.name),
                 journal=slot.root / f"{folder.name}{JOURNAL}" if slot else None,
                 base=folder.base)
@@ -67,11 +73,11 @@ class Sharing:
         """What a checkpoint must know of the folders."""
         return {name: mirror.known() for name, mirror in self._mirrors.items()}
 
-    async def keep_in_step(self, work: Work, clock: RunClock, grid: Grid, control: Control,
+    async def keep_in_step(self, end: End, clock: RunClock, grid: Grid, control: Control,
                            slot: Slot | None) -> None:
-        """Round after round while the tasks run; what goes wrong with a folder ends the job."""
+        """Round after round while the job runs; ``end`` ends it, as a fault of a folder does."""
         live = [self._mirrors[folder.name] for folder in self._job.folders if folder.live]
-        watch = self._triggers = self._watch(work, clock, grid, control, slot)
+        watch = self._triggers = self._watch(end, clock, grid, control, slot)
         try:
             while live:
                 await clock.going()
@@ -84,14 +90,14 @@ class Sharing:
         except MachineError:
             raise  # that breaks the job's own lanes as well, which tell it better
         except VmjobError as error:  # the guest's, too: it may refuse this and answer all else
-            work.end(error)
+            end(error)
         except OSError as error:
-            work.end(_of_this_computer(error))
+            end(_of_this_computer(error))
 
     async def last_words(self) -> None:
         """After the last task: hear what the job said just before its end, which still counts."""
         if self._triggers is not None:
-            await self._mirrors[SHARED].collect()
+            await self._collect(self._mirrors[SHARED])
             with anyio.move_on_after(LAST_TRICKLES):
                 while not await self._triggers.hear():  # noqa: ASYNC110 - no grid says when
                     await anyio.sleep(1)
@@ -100,26 +106,29 @@ class Sharing:
         """After the last task: what did not come yet."""
         for folder in self._job.folders:
             if folder.writable:
-                try:
-                    await self._mirrors[folder.name].collect()
-                except OSError as error:
-                    raise _of_this_computer(error) from error
+                await self._collect(self._mirrors[folder.name])
+
+    async def _collect(self, mirror: Mirror) -> None:
+        try:
+            await mirror.collect()
+        except OSError as error:
+            raise _of_this_computer(error) from error
 
     def came(self) -> list[Path]:
         """Files of this computer that came from the machine."""
         return [path for mirror in self._mirrors.values() for path in mirror.came()]
 
-    def _watch(self, work: Work, clock: RunClock, grid: Grid, control: Control,
+    def _watch(self, end: End, clock: RunClock, grid: Grid, control: Control,
                slot: Slot | None) -> TriggerWatch | None:
         for folder in self._job.folders:
             if folder.name == SHARED:
                 return TriggerWatch(
                     folder.source, self._job.triggers, clock, grid, Sent(_sent(slot)),
-                    self._mirrors[SHARED], work.end, _postponing(work, grid, control, slot))
+                    self._mirrors[SHARED], end, _postponing(end, grid, control, slot))
         return None
 
 
-def _postponing(work: Work, grid: Grid, control: Control,
+def _postponing(end: End, grid: Grid, control: Control,
                 slot: Slot | None) -> Callable[[Postponement], Awaitable[None]]:
     """What is done for a job that wants to wait: with a slot, others may use its time."""
     async def postpone(said: Postponement) -> None:
@@ -132,8 +141,8 @@ def _postponing(work: Work, grid: Grid, control: Control,
             await anyio.sleep(said.delay)
             await control.resume()
             return
-        work.end(Postponed(f"the job is to be continued after {said.delay:g} seconds{why}",
-                           delay=said.delay, notice=said.notice))
+        end(Postponed(f"the job is to be continued after {said.delay:g} seconds{why}",
+                      delay=said.delay, notice=said.notice))
 
     return postpone
 

@@ -60,6 +60,7 @@ class Asked(msgspec.Struct, frozen=True):
     checkpoint_every: float | None = None
     events: str | None = None
     remote_ports: bool = False
+    hypervisor: str = "auto"
 
 
 class AskedMachine(msgspec.Struct, frozen=True):
@@ -73,6 +74,7 @@ class AskedMachine(msgspec.Struct, frozen=True):
     accel: str = "auto"
     cpu: str = "host"
     priority: str = "low"
+    hypervisor: str = "auto"
 
     def check(self) -> None:
         """Raise `UsageError` for a machine that cannot be."""
@@ -157,14 +159,22 @@ class Slot:
         return (self.root / JOB).exists()
 
     def begin(self, asked: Asked) -> None:
-        """Write down what is to be done, before any of it is; raises `SlotUnusable`."""
+        """Write down what is to be done, before any of it is.
+
+        Raises `SlotUnusable`; `UsageError` for words that are not UTF-8 (paths may be anything).
+        """
         if self.has_job:
             raise SlotUnusable(f"the slot {self.root} has a job already",
                                advice="Continue it with --resume, or give another directory.")
         job = asked.job  # whoever continues it may be in another directory
         inputs = tuple(replace(given, source=given.source.absolute()) for given in job.inputs)
         asked = msgspec.structs.replace(asked, job=replace(job, inputs=inputs))
-        self._write(JOB, msgspec.json.encode(asked, enc_hook=str))
+        try:
+            data = msgspec.json.encode(asked, enc_hook=_encoded)
+        except UnicodeEncodeError as error:
+            raise UsageError(f"a job in a slot is UTF-8, and {error.object!a:.200} is not"
+                             ) from None
+        self._write(JOB, data)
 
     def asked(self) -> Asked:
         """What is to be done; raises `SlotUnusable`."""
@@ -295,9 +305,18 @@ class Streams:
                 file.close()
 
 
+def _encoded(value: object) -> object:
+    """A path as text; one that is not UTF-8 as its bytes."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return list(os.fsencode(str(value)))
+    return str(value)
+
+
 def _decoded(kind: type, value: object) -> object:
     if issubclass(kind, Path):
-        return kind(str(value))
+        return kind(os.fsdecode(bytes(value)) if isinstance(value, list) else str(value))
     raise NotImplementedError(kind)
 
 

@@ -39,10 +39,10 @@ async def boot(driver: Driver, machine: Machine) -> tuple[AgentClient, Hello]:
 
     Raises `BootTimeout` and whatever else can end a machine.
     """
-    client = AgentClient(await machine.start())
+    client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
     try:
         hello = await _answer(machine, client)
-        await client.introduce(_identity(machine))
+        await client.introduce(_identity(driver, machine))
         if machine.spec.disk_gb > 1 and driver.capabilities.isolated:
             await client.grow_disk(machine.spec.disk_gb * GIB)
     except BaseException:
@@ -51,16 +51,16 @@ async def boot(driver: Driver, machine: Machine) -> tuple[AgentClient, Hello]:
     return client, hello
 
 
-async def thaw(machine: Machine, *, grown: bool) -> AgentClient:
+async def thaw(driver: Driver, machine: Machine, *, grown: bool) -> AgentClient:
     """Start a machine that is a copy of a frozen one; the caller closes the client.
 
     ``grown``: its disk is larger than the template's. Nothing was ever cut off on its lanes, so
     they need no resynchronisation.
     """
-    client = AgentClient(await machine.start(), clean=True)
+    client = AgentClient(await machine.start(), clean=True, slowness=machine.spec.slowness)
     try:
         try:
-            await client.introduce(_identity(machine), THAW_DEADLINE)
+            await client.introduce(_identity(driver, machine), THAW_DEADLINE)
         except (AgentLost, AgentProtocol) as error:
             raise await explain(machine, error) from error
         if grown:
@@ -76,7 +76,7 @@ async def restore(machine: Machine) -> tuple[AgentClient, Hello]:
 
     Raises `CheckpointUnusable` and whatever else can end a machine.
     """
-    client = AgentClient(await machine.start())
+    client = AgentClient(await machine.start(), slowness=machine.spec.slowness)
     try:
         try:
             hello = await client.hello(RESTORE_DEADLINE)
@@ -89,16 +89,18 @@ async def restore(machine: Machine) -> tuple[AgentClient, Hello]:
     return client, hello
 
 
-def _identity(machine: Machine) -> Identity:
+def _identity(driver: Driver, machine: Machine) -> Identity:
     spec = machine.spec
-    return Identity.fresh(f"vmjob-{spec.id}", network=spec.network != "none")
+    return Identity.fresh(f"vmjob-{spec.id}", network=(
+        spec.network != "none" and driver.capabilities.own_addresses))
 
 
 async def _answer(machine: Machine, client: AgentClient) -> Hello:
     try:
         return await client.hello(BOOT_DEADLINE)
     except AgentSilent:
-        raise BootTimeout(f"the machine did not come up within {BOOT_DEADLINE:g} seconds",
+        seconds = BOOT_DEADLINE * machine.spec.slowness
+        raise BootTimeout(f"the machine did not come up within {seconds:g} seconds",
                           console=machine.console()[-2000:]) from None
     except (AgentLost, AgentProtocol) as error:
         raise await explain(machine, error) from error

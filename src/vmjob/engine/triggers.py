@@ -135,7 +135,7 @@ class TriggerWatch:
         for name in triggers.uploads:
             if name not in self._uploaded and self._shared.version(name) is not None:
                 self._uploaded.add(name)
-                self._grid.upload(name)
+                await self._grid.upload(name)
         await self._ends()
         return all(taken)
 

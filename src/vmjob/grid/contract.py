@@ -51,7 +51,7 @@ class Grid(Protocol):
         """A message for the project's server; false: not now, ask again."""
         ...
 
-    def upload(self, name: str) -> None:
+    async def upload(self, name: str) -> None:
         """An output file, by its name in the shared folder, is ready before the job has ended."""
         ...
 
@@ -93,7 +93,7 @@ class Quiet:
     async def trickle(self, variety: str, text: str) -> bool:
         return True
 
-    def upload(self, name: str) -> None: ...
+    async def upload(self, name: str) -> None: ...
 
     def operations(self, floating: float, integer: float) -> None: ...
 

@@ -139,9 +139,9 @@ class Events:
             self.tell("trickle", variety=variety, text=text)
         return taken
 
-    def upload(self, name: str) -> None:
+    async def upload(self, name: str) -> None:
         self.tell("upload", name=name)
-        self._grid.upload(name)
+        await self._grid.upload(name)
 
     def operations(self, floating: float, integer: float) -> None:
         self.tell("operations", floating=floating, integer=integer)

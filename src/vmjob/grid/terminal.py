@@ -95,7 +95,7 @@ class Terminal(Quiet):
         self._say(f"trickle {variety}: {text.strip()[:200]}")
         return True
 
-    def upload(self, name: str) -> None:
+    async def upload(self, name: str) -> None:
         self._say(f"ready before the end: {name}")
 
     def address(self, what: Literal["web", "console", "port"], where: str) -> None:

@@ -140,12 +140,14 @@ class AgentClient:
     """The agent of one machine, over its lanes (`wire.LANES`: name -> socket).
 
     ``clean``: no exchange was ever cut off on these lanes, so none needs a resynchronisation.
+    ``slowness``: all deadlines are longer by this factor (`MachineSpec.slowness`).
     """
 
-    def __init__(self, lanes: Mapping[str, socket.socket], *, clean: bool = False) -> None:
-        self._control = Lane(lanes["control"], "control", clean=clean)
-        self._output = Lane(lanes["output"], "output", clean=clean)
-        self._input = Lane(lanes["input"], "input", clean=clean)
+    def __init__(self, lanes: Mapping[str, socket.socket], *, clean: bool = False,
+                 slowness: float = 1.0) -> None:
+        self._control = Lane(lanes["control"], "control", clean=clean, slowness=slowness)
+        self._output = Lane(lanes["output"], "output", clean=clean, slowness=slowness)
+        self._input = Lane(lanes["input"], "input", clean=clean, slowness=slowness)
         self._transfer = Transfer(lanes["data"], clean=clean)
         self._followers: dict[int, _Follower] = {}
         self._early: dict[int, _Follower] = {}
@@ -375,7 +377,7 @@ class AgentClient:
     async def ls(self, path: str = "") -> list[Entry]:
         """The entries of a directory of the machine (of the job's directory by default)."""
         answer = await self._control.request("GET", f"/v1/list?path={_quoted(path)}")
-        return _convert(answer.json().get("entries"), list[Entry])
+        return _convert(answer.json(names=True).get("entries"), list[Entry])
 
     async def mkdir(self, path: str) -> None:
         """Make a directory and its parents; one that exists is fine."""
@@ -396,7 +398,7 @@ class AgentClient:
         asked = {"path": path, "seen": seen, "without": sorted(without), "most": most,
                  "begin": begin}
         answer = await self._control.request("POST", "/v1/folder", asked)
-        return parse_news(answer.json(), seen)
+        return parse_news(answer.json(names=True), seen)
 
     async def folder_note(self, path: str, stamps: Mapping[str, Stamp], *,
                           without: Iterable[str] = (), most: int = 10_000) -> None:
@@ -412,7 +414,7 @@ class AgentClient:
         for names in split_names(stamps.items()):
             answer = await self._control.request("POST", "/v1/folder/remove", {
                 "path": path, "without": sorted(without), "most": most, "names": names})
-            kept |= set(_convert(answer.json().get("kept"), list[str]))
+            kept |= set(_convert(answer.json(names=True).get("kept"), list[str]))
         return kept
 
     async def put_parcel(self, records: Iterator[bytes | memoryview],

@@ -11,13 +11,21 @@ import asyncio
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Mapping
 from typing import Any
 
 import anyio
 
-from vmjob.errors import AgentLost, AgentProtocol, AgentSilent, GuestRefused, ImageOutdated
+from vmjob.errors import (
+    AgentLost,
+    AgentProtocol,
+    AgentSilent,
+    GuestRefused,
+    ImageOutdated,
+    UsageError,
+)
 from vmjob.guest.agent import wire
 
 __all__ = ["DEADLINE", "Answer", "Lane", "refusal", "resync_message"]
@@ -27,6 +35,7 @@ __all__ = ["DEADLINE", "Answer", "Lane", "refusal", "resync_message"]
 DEADLINE = 60.0
 #: Bytes asked from the socket at once.
 RECEIVE = 256 * 1024
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Answer:
@@ -36,14 +45,21 @@ class Answer:
         self.status = status
         self.body = body
 
-    def json(self) -> dict[str, Any]:
-        return parse_object(self.body)
+    def json(self, *, names: bool = False) -> dict[str, Any]:
+        return parse_object(self.body, names=names)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object from the guest; raises `AgentProtocol` for anything else."""
+def parse_object(body: bytes, *, names: bool = False) -> dict[str, Any]:
+    """A JSON object from the guest; raises `AgentProtocol` for anything else.
+
+    Half surrogates, which no text can hold that is written down, become U+FFFD; not with ``names``
+    of files, in which they stand for bytes that are no UTF-8.
+    """
     try:
-        content = json.loads(body)
+        text = body.decode()
+        content = json.loads(text)
+        if not names and re.search(r"\\u[dD]", text):  # in hardly any answer
+            content = json.loads(_HALF.sub("\ufffd", json.dumps(content, ensure_ascii=False)))
     except (ValueError, RecursionError):
         raise AgentProtocol("the agent's answer is not JSON") from None
     if not isinstance(content, dict):
@@ -73,8 +89,10 @@ def resync_message() -> tuple[bytes, bytes]:
 class Lane:
     """Requests on one lane, one at a time; callers queue."""
 
-    def __init__(self, sock: socket.socket, name: str, *, clean: bool = False) -> None:
+    def __init__(self, sock: socket.socket, name: str, *, clean: bool = False,
+                 slowness: float = 1.0) -> None:
         sock.setblocking(False)
+        self._slowness = slowness
         self.name = name
         self.received = 0
         self.sent = 0
@@ -105,12 +123,18 @@ class Lane:
 
     async def request(self, method: str, target: str, body: bytes | Mapping[str, Any] = b"", *,
                       deadline: float = DEADLINE) -> Answer:
-        """Ask, and wait at most ``deadline`` seconds for the whole answer.
+        """Ask, and wait at most ``deadline`` seconds for the whole answer; longer in slow machines.
 
         Raises `AgentSilent`, `AgentProtocol`, `AgentLost`, or `GuestRefused` when the agent
-        answers with an error.
+        answers with an error; `UsageError` for more than it would read.
         """
+        deadline *= self._slowness
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if len(data) > wire.MAX_REQUEST_PIECE:
+            raise UsageError(
+                f"{len(data)} bytes of arguments, environment or message: a machine takes "
+                f"{wire.MAX_REQUEST_PIECE} at once",
+                advice="Put long lists into a file, and give the machine that (--in FILE).")
         head = wire.request_head(method, target, {"content-length": str(len(data))})
         async with self._lock:
             try:

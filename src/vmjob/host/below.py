@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["Seen", "look", "read", "remove"]
+__all__ = ["Seen", "look", "occupied", "read", "remove"]
+
+
+#: What the kernel counts a file's room in, bytes (stat(2)).
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,32 @@ def remove(root: Path, name: str) -> None:
             pass
         finally:
             os.close(directory)
+
+
+def occupied(root: Path, most: int) -> tuple[int, int]:
+    """Bytes on the disk of all that is below ``root``, and how much that is; ends after ``most``.
+
+    Whatever it is, and whoever may read it. What lies deeper than a path can name is not counted,
+    and therefore more than ``most``.
+    """
+    size = count = 0
+    waiting = [os.fspath(root)]
+    while waiting and count <= most:
+        try:
+            with os.scandir(waiting.pop()) as found:
+                for entry in found:
+                    count += 1
+                    facts = entry.stat(follow_symlinks=False)
+                    size += facts.st_blocks * BLOCK
+                    if stat.S_ISDIR(facts.st_mode):
+                        waiting.append(entry.path)
+                    if count > most:
+                        break
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return size, most + 1
+            # Else it is gone, or closed to us.
+    return size, count
 
 
 def _opened(root: Path, name: str) -> int | None:

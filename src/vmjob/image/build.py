@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tarfile
 import threading
+import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -68,6 +69,8 @@ PROGRAMS = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools", "mke2fs"
 SCRATCH_SIZE = 1 << 30
 SCRATCH_UUID = "766d6a6f-6200-4000-8000-000000000001"
 
+#: Packages whose files are taken and which are not installed (see ``guest/customize``).
+FETCHED = ("kernel", "busybox", "isolinux", "syslinux")
 #: Where the build leaves what is fetched from the new root (see ``guest/customize``).
 _WORK = "/vmjob-build"
 
@@ -86,9 +89,9 @@ FINISHING = 0.95
 
 
 def mmdebstrap_argv(recipe: Recipe, overlay: Path, work: Path) -> list[str]:
-    """Make ``work/root.tar`` and fetch the kernel, busybox and the package list beside it."""
+    """Make ``work/root.tar`` and fetch kernel, busybox, boot loader and package list beside it."""
     fetched = [f"--customize-hook=download {_WORK}/{name} {shlex.quote(str(work / name))}"
-               for name in ("kernel.tar", "busybox.tar", "packages")]
+               for name in (*(f"{name}.tar" for name in FETCHED), "packages")]
     return [
         "mmdebstrap", "--variant=essential", "--format=tar", "--architectures=amd64",
         "--include=" + ",".join((*BASE_PACKAGES, *recipe.packages)),
@@ -151,12 +154,13 @@ def build(recipe: Recipe, directory: Path, progress: Progress) -> Manifest:
         _run(mksquashfs_argv(directory / "root.squashfs"), stdin=root)
     progress(FINISHING, "making the initial ramdisk")
     version = _boot_files(work, directory)
+    _loader(work, directory / "loader.zip")
     _scratch(work, directory / "scratch.qcow2")
     packages = parse_packages((work / "packages").read_text(encoding="utf-8"))
     shutil.rmtree(work)
     parts = {name: describe(directory / file) for name, file in
              (("kernel", "kernel"), ("initrd", "initrd"), ("root", "root.squashfs"),
-              ("scratch", "scratch.qcow2"))}
+              ("scratch", "scratch.qcow2"), ("loader", "loader.zip"))}
     made = Manifest(
         format=manifest.FORMAT, name=recipe.name, suite=recipe.suite, requested=recipe.packages,
         recipe_digest=recipe.digest(), created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -204,6 +208,17 @@ def _boot_files(work: Path, directory: Path) -> str:
         raise ImageBuildFailed(f"the kernel's package lacks a module: {error}") from error
     (directory / "initrd").write_bytes(archive_bytes)
     return version
+
+
+def _loader(work: Path, target: Path) -> None:
+    """The boot loader of a CD (`vmjob.image.iso`)."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as loader:
+        for package, path in (("isolinux", "usr/lib/ISOLINUX/isolinux.bin"),
+                              ("syslinux", "usr/lib/syslinux/modules/bios/ldlinux.c32")):
+            with tarfile.open(work / f"{package}.tar") as archive:
+                info = zipfile.ZipInfo(Path(path).name, (2023, 11, 14, 22, 13, 20))
+                info.compress_type = zipfile.ZIP_DEFLATED
+                loader.writestr(info, _content(archive, archive.getmember(f"./{path}")))
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

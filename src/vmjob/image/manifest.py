@@ -18,6 +18,8 @@ FORMAT = 1
 MAX_SIZE = 4 * 1024 * 1024
 
 PART_NAMES = ("kernel", "initrd", "root", "scratch")
+#: What images have since VirtualBox is known: a boot loader.
+LATER_PART_NAMES = ("loader",)
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}")
@@ -77,7 +79,7 @@ def load(path: Path) -> Manifest:
         raise ImageCorrupt(f"{path} cannot be understood: {error}") from error
     if manifest.format != FORMAT:
         raise ImageCorrupt(f"{path} has format {manifest.format}, this vmjob reads {FORMAT}")
-    if set(manifest.parts) != set(PART_NAMES):
+    if set(manifest.parts) - set(LATER_PART_NAMES) != set(PART_NAMES):
         raise ImageCorrupt(f"{path} does not list the parts {', '.join(PART_NAMES)}")
     for part in manifest.parts.values():
         if not _FILE_NAME.fullmatch(part.file) or part.size < 0 \

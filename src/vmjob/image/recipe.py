@@ -13,7 +13,7 @@ from vmjob.errors import UsageError
 __all__ = ["BUILDER_VERSION", "DEFAULT_NAME", "Recipe", "check_image_name"]
 
 #: Raise this when the same recipe gives a different image than before.
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 
 DEFAULT_NAME = "default"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ _BUILDING = ".building-"
 #: What the names of images begin with whose files are elsewhere.
 ADOPTED = "adopted-"
 _REPLACED = ".replaced-"
+_REMOVED = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Image:
     @property
     def scratch(self) -> Path:
         return self._part("scratch")
+
+    @property
+    def loader(self) -> Path | None:
+        """None for an image that was built before there was one."""
+        return self._part("loader") if "loader" in self.manifest.parts else None
 
     @property
     def digest(self) -> str:
@@ -211,6 +218,11 @@ class ImageStore:
             self._discard(directory)
             (self._home.cache / f"verified-{name}.json").unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Finish removals that were cut off."""
+        for directory in self._home.images.glob(f"{_REMOVED}*"):
+            remove_tree(directory)
+
     # -- inside ----------------------------------------------------------------------------------
 
     def _forget_lost(self) -> None:
@@ -232,6 +244,7 @@ class ImageStore:
         aside = target.with_name(f"{_REPLACED}{recipe.name}")
         if aside.exists() and not target.exists():
             aside.rename(target)  # an earlier replacement was cut off between its two steps
+        self.sweep()
         remove_tree(beside)
         remove_tree(aside)
         try:
@@ -257,8 +270,9 @@ class ImageStore:
         return Image(recipe.name, target, made)
 
     def _discard(self, directory: Path) -> None:
-        aside = directory.with_name(f"{_REPLACED}{directory.name}")
-        remove_tree(aside)
+        # Not by the name of one that is replaced: that one comes back when its successor does not.
+        remove_tree(directory.with_name(f"{_REPLACED}{directory.name}"))
+        aside = directory.with_name(f"{_REMOVED}{directory.name}-{os.urandom(4).hex()}")
         directory.rename(aside)
         remove_tree(aside)
 

@@ -60,6 +60,9 @@ CODES = {
     "no-disk-image": "A disk image that the file speaks of is not there.",
     "redacted": "The account's key and the proxy's password are kept from the machine.",
     "mailbox-full": "The floppy disk's buffer is too small for all of init_data.xml.",
+    # in programs that the job brings along
+    "processors-differ": "A program has instructions whose results differ between processors.",
+    "not-searched": "Not all programs were searched for such instructions: too large, or too many.",
     # in job.xml
     "no-task": "There is no task, or none whose end is the job's.",
     "windows-program": "A program of Windows, which cannot run in a Linux machine.",

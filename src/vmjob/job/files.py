@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from vmjob.errors import BadPath, InputMissing, InputUnreadable
 
 __all__ = ["INIT_DATA", "Folder", "Input", "Output", "check_guest_path", "check_input",
-           "parse_input", "parse_output"]
+           "exists", "is_directory", "parse_input", "parse_output"]
 
 #: The file of BOINC's that holds the account's secrets, wherever it lies.
 INIT_DATA = "init_data.xml"
@@ -35,6 +36,12 @@ class Output:
 
     source: str
     destination: Path
+
+
+#: Names of folders: files and directories of the slot and of the machine are called after them.
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+FOLDER_NAMES = ("it has letters, digits, `.`, `_` and `-`, 64 at most, and begins with a letter or "
+                "digit")
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,25 @@ def check_input(given: Input) -> None:
         raise InputMissing(f"there is no {str(given.source)!r}")
 
 
+def exists(path: Path) -> bool:
+    """Whether there is what a user has named; what cannot be asked for is not there.
+
+    `Path.exists` raises for a name that is too long, or in a directory that is not ours to read.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """The same for a directory."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 class _Nothing:
     def __enter__(self) -> None: ...
 
@@ -105,7 +131,7 @@ def check_guest_path(path: str) -> str:
 def parse_input(text: str) -> Input:
     """``SRC[:DST]``; DST defaults to the last part of SRC, in the job's directory."""
     source, colon, destination = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or exists(Path(text)):
         source, destination = text, ""
     path = Path(source)
     name = destination or Path(path.absolute()).name

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmjob.errors import BadPath, UsageError
-from vmjob.job.files import Folder, Input, Output, check_guest_path, check_input
+from vmjob.job.files import (
+    FOLDER_NAME,
+    FOLDER_NAMES,
+    Folder,
+    Input,
+    Output,
+    check_guest_path,
+    check_input,
+)
 
 __all__ = ["Job", "Task", "Triggers", "Forward", "Hardware", "Network", "OnFlood"]
 
@@ -126,10 +134,11 @@ class Forward:
 class Hardware:
     """Devices that only some jobs want; paths are files of the host, never written.
 
-    ``disk``: the job's own disk image, which is booted instead of a vmjob image; ``iso``: the same
-    on a CD, ``iso_first``: both, the CD first. ``cache_disk``: a second disk. ``mailbox``: what the
-    first half of a 28 KiB floppy disk holds. ``display``: a screen, to be seen over VNC from this
-    computer with a password; ``screenshot``: where a picture of it goes when the job fails.
+    ``disk``: the job's own disk image, which is booted instead of a vmjob image; ``iso``: a CD,
+    which is booted where there is no disk; ``iso_first``: both, the CD first. ``cache_disk``: a
+    second disk. ``mailbox``: what the first half of a 28 KiB floppy disk holds. ``display``: a
+    screen, to be seen over VNC from this computer with a password; ``screenshot``: where a picture
+    of it goes when the job fails.
     """
 
     disk: Path | None = None
@@ -218,6 +227,9 @@ class Job:
             if folder.destination:
                 check_guest_path(folder.destination)
         names = [folder.name for folder in self.folders]
+        for name in names:
+            if not FOLDER_NAME.fullmatch(name):
+                raise UsageError(f"{name!r} is no name of a folder: {FOLDER_NAMES}")
         if len(set(names)) != len(names):
             raise UsageError("two folders have one name")
         heard = {folder.name for folder in self.folders if folder.live and folder.writable}

@@ -16,7 +16,7 @@ class Level(enum.StrEnum):
 
     ERROR = "error"  # there is no job
     WARNING = "warning"  # probably not what the author meant
-    NOTE = "note"  # done in another way than elsewhere, or not needed here
+    NOTE = "note"  # done in another way than elsewhere, not needed here, or good to know
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vmjob.errors import (
     NotSupported,
     SlotUnusable,
     UnknownMachine,
+    UsageError,
     WrongState,
 )
 from vmjob.home import Home
@@ -59,9 +60,16 @@ class Talk:
         self._writer = writer
 
     async def say(self, content: Mapping[str, Any]) -> None:
-        """Raises `KeeperLost`."""
+        """Raises `KeeperLost`; `UsageError` for more than a line can hold."""
         try:
-            self._writer.write(wire.encode(content))
+            line = wire.encode(content)
+        except wire.WireError:  # only a user's words are ever as long
+            raise UsageError(f"a request to a machine is at most {wire.MAX_LINE} bytes long, its "
+                             "command with arguments and environment",
+                             advice="Give long texts by a file (`vmjob machine put`) or by the "
+                                    "command's input.") from None
+        try:
+            self._writer.write(line)
             await self._writer.drain()
         except ConnectionError:
             raise self.lost() from None

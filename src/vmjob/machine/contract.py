@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from vmjob.image.store import Image
 
-__all__ = ["BootParts", "Capabilities", "Checkpoint", "ConsoleAddress", "Driver", "Ended",
-           "EndReason", "Foreign", "Machine", "MachineSpec", "Priority", "Saved", "Status",
-           "TEMPLATE_DISK_GB"]
+__all__ = ["ATTACHED_PARTS", "Attached", "BootParts", "Capabilities", "Checkpoint",
+           "ConsoleAddress", "Driver", "Ended", "EndReason", "Foreign", "Machine", "MachineSpec",
+           "Priority", "Saved", "Status", "TEMPLATE_DISK_GB"]
 
 
 #: Largest disk of a template's machine, GiB. A copy that is to have a larger one is grown by its
@@ -30,7 +30,10 @@ TEMPLATE_DISK_GB = 10
 
 
 #: Accelerators that are no emulation.
-NATIVE = frozenset({"kvm", "hvf", "whpx"})
+NATIVE = frozenset({"kvm", "hvf", "whpx", "hm"})
+#: How much longer everything takes with an accelerator than with QEMU's emulation; 1 for others.
+#: VirtualBox's interpreter boots Debian's kernel in 60 to 110 s, QEMU in 2 (measured).
+SLOWNESS = {"interpreter": 40.0}
 
 
 class Status(enum.StrEnum):
@@ -74,9 +77,17 @@ class Capabilities:
     ``templates``: a machine can be frozen and others started as its copies.
     ``isolated``: the guest cannot reach the host but through its lanes; false for the fake,
     whose jobs are processes of this computer.
+    ``growing``: the disk of a copy can be larger than its template's.
+    ``own_addresses``: a copy's network card can be given an address of its own; where it cannot,
+    all copies have the same one, each on a network of its own.
     ``display``: a machine can have a screen.
     ``foreign``: a machine can boot a disk of its user's.
     ``forwards``: ports of this computer can lead to a machine with a network.
+    ``kept_foreign``: formats of the disk (`Foreign.disk`) with which a machine that boots it can be
+    kept in checkpoints without a copy of the disk, where there is no second one.
+    ``attached``: a machine can have disks of its user's besides its own.
+    ``folders``: the guest on a disk of its user's can mount directories of this computer by itself.
+    ``floppy``: it can have a floppy disk.
     """
 
     suspend: bool
@@ -85,9 +96,15 @@ class Capabilities:
     console: bool
     templates: bool
     isolated: bool
+    own_addresses: bool = True
+    growing: bool = True
     display: bool = False
     foreign: bool = False
     forwards: bool = False
+    attached: bool = False
+    kept_foreign: frozenset[str] = frozenset()
+    folders: bool = False
+    floppy: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,8 @@ class BootParts:
     initrd: Path
     root: Path
     scratch: Path
-
+    #: Where kernel and ramdisk are started from a CD; None in images that have none.
+    loader: Path | None = None
 
     @classmethod
     def of(cls, image: Image) -> BootParts:
@@ -110,8 +128,10 @@ class BootParts:
 
         A checkpoint gives them further names, which a symbolic link cannot have.
         """
-        return cls(image.digest, *(part.resolve() for part in (
-            image.kernel, image.initrd, image.root, image.scratch)))
+        kernel, initrd, root, scratch = (part.resolve() for part in (
+            image.kernel, image.initrd, image.root, image.scratch))
+        return cls(image.digest, kernel, initrd, root, scratch,
+                   image.loader and image.loader.resolve())
 
 
 @dataclass(frozen=True)
@@ -122,12 +142,42 @@ class Foreign:
     is lost with it. ``disk``: a raw, qcow2 or VDI image that needs no other file; ``iso``: a CD,
     which is booted where there is no disk, or ``iso_first``. ``cache_disk``: a second disk. It
     starts as a PC does, by its BIOS; `MachineSpec.disk_gb` means nothing for it.
+
+    ``folders``: names under which its guest can mount directories of this computer with what it
+    has for that hypervisor, and whether it may write there. They are `MachineSpec.folder`; the
+    caller makes them. A guest makes no links there, but anything else. ``floppy``: there is a
+    floppy disk of 1.44 MB, whose content is `MachineSpec.floppy` and is written as it is.
     """
 
     disk: Path | None = None
     iso: Path | None = None
     iso_first: bool = False
     cache_disk: Path | None = None
+    folders: Mapping[str, bool] = field(default_factory=dict)
+    floppy: bool = False
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a machine that boots an image has of its user's besides, only to be read.
+
+    Images as in `Foreign`. The guest knows each by its serial number, ``vmjob-FIELD-vdi`` where it
+    sees a VDI as it is, in which it finds the disk by itself, and ``vmjob-FIELD-raw`` where it sees
+    the disk. A CD is a disk like the others; what the guest would write goes to its own disk.
+    """
+
+    disk: Path
+    iso: Path | None = None
+    cache_disk: Path | None = None
+
+    def parts(self) -> dict[str, Path]:
+        """Those that there are, by their fields' names."""
+        return {name: path for name in ATTACHED_PARTS
+                if (path := getattr(self, name)) is not None}
+
+
+#: Fields of `Attached`.
+ATTACHED_PARTS = ("disk", "iso", "cache_disk")
 
 
 @dataclass(frozen=True)
@@ -178,14 +228,16 @@ class Priority(enum.StrEnum):
 class MachineSpec:
     """What a machine is to be.
 
-    ``directory`` exists, is empty and belongs to this machine alone; everything the
-    driver writes is below it. ``memory_mb`` in MiB, ``disk_gb`` in GiB (the most that the
-    machine's disk writes may take). ``network`` is ``none`` or ``nat``. ``accelerator`` is one
+    ``directory`` exists, is empty (but for `folder` and `floppy`) and belongs to this machine
+    alone; everything the driver writes is below it. ``memory_mb`` in MiB, ``disk_gb`` in GiB (the
+    most that the machine's disk writes may take). ``network`` is ``none`` or ``nat``.
+    ``accelerator`` is one
     that was proved to work; ``cpu_model`` is ``host`` (whatever is fastest with
     that accelerator), ``baseline`` (one fixed model, so that programs give the same answers
     everywhere) or a model that the hypervisor knows. ``display``: it has a screen and a keyboard;
     the guest's kernel writes there, too, and the job may (``/dev/tty1``). ``foreign``: it boots
-    that and not ``boot``; it can be neither a template nor a copy of one.
+    that and not ``boot``; it can be neither a template nor a copy of one. ``attached``: what a
+    machine that boots an image has of its user's besides; it can be neither of these two, either.
 
     ``template``: the directory of a frozen machine of which this one is a copy. ``freezable``: it
     is to become such a template itself (see `Machine.freeze`). ``saved``: it continues from there;
@@ -203,6 +255,7 @@ class MachineSpec:
     cpu_model: str = "host"
     display: bool = False
     foreign: Foreign | None = None
+    attached: Attached | None = None
     template: Path | None = None
     freezable: bool = False
     saved: Saved | None = None
@@ -214,6 +267,20 @@ class MachineSpec:
         """Whether the guest's code runs on this computer's own processor, whose kind it sees."""
         return self.accelerator in NATIVE
 
+    def folder(self, name: str) -> Path:
+        """One of `Foreign.folders` on this computer."""
+        return self.directory / "folders" / name
+
+    @property
+    def floppy(self) -> Path:
+        """The file of `Foreign.floppy`; the caller makes it."""
+        return self.directory / "floppy.img"
+
+    @property
+    def slowness(self) -> float:
+        """By how much a deadline is to be longer that was chosen for QEMU's emulation."""
+        return SLOWNESS.get(self.accelerator, 1.0)
+
 
 class Machine(Protocol):
     """One machine. Calls come one at a time, except `ended`, `console` and `get_status`."""
@@ -224,6 +291,14 @@ class Machine(Protocol):
     @property
     def pid(self) -> int | None:
         """The process that the guest runs in, once it was started; None where it has none."""
+        ...
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """Files of its directory that tell what happened to it, as relative paths.
+
+        The one with the guest's console is called ``console.log``. Any may be missing.
+        """
         ...
 
     async def start(self) -> Mapping[str, socket.socket]:
@@ -357,7 +432,8 @@ class Driver(Protocol):
     async def create(self, spec: MachineSpec) -> Machine:
         """Make a machine from an image, a template or a checkpoint; nothing runs yet.
 
-        Raises as `Machine.start` does; `DiskUnusable` for what `MachineSpec.foreign` names;
+        Raises as `Machine.start` does; `DiskUnusable` for what `MachineSpec.foreign` and
+        `MachineSpec.attached` name;
         `NotSupported` for what `Capabilities` does not have.
         """
         ...

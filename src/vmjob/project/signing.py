@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmjob.errors import KeyFileInvalid, SignatureInvalid
+from vmjob.host import durable
 
 __all__ = ["PRIVATE_FILE", "PUBLIC_FILE", "PrivateKey", "PublicKey", "generate", "md5_of",
            "read_key", "read_signature", "write_keys"]
@@ -176,23 +177,53 @@ def write_keys(directory: Path, key: PrivateKey) -> tuple[Path, Path]:
     with it every client that knows it.
     """
     private, public = directory / PRIVATE_FILE, directory / PUBLIC_FILE
+    mark = f".new-{secrets.token_hex(4)}"
+    made: list[Path] = []
     for path in (private, public):
         if os.path.lexists(path):
-            raise KeyFileInvalid(f"there is a key already: {path}",
-                                 advice="Use it, or give another directory. A project that loses "
-                                        "its key loses the clients that know it.")
+            raise _taken(path)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Whole under other names first: half a key would bar the way of the next one.
         for path, text, mode in ((private, key.text, 0o600), (public, key.public.text, 0o644)):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            beside = path.with_name(f".{path.name}{mark}")
+            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            made.append(beside)
             with os.fdopen(fd, "w", encoding="ascii") as file:
                 file.write(text)
+            durable.sync(beside)
+        for path in (private, public):
+            _rename_anew(path.with_name(f".{path.name}{mark}"), path)
+            made.append(path)
+        durable.sync(directory)
+        made.clear()
     except OSError as error:
         raise KeyFileInvalid(f"cannot write a key in {directory}: {error.strerror}") from None
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
     return private, public
 
 
 # -- inside ------------------------------------------------------------------------------------
+
+
+def _taken(path: Path) -> KeyFileInvalid:
+    return KeyFileInvalid(f"there is a key already: {path}",
+                          advice="Use it, or give another directory. A project that loses its key "
+                                 "loses the clients that know it.")
+
+
+def _rename_anew(source: Path, target: Path) -> None:
+    """Give a key another name that nothing has."""
+    try:
+        os.link(source, target)
+    except OSError:  # it is taken; or a file system without links
+        if os.path.lexists(target):
+            raise _taken(target) from None
+        source.rename(target)
+    else:
+        source.unlink()
 
 
 def _padded(md5: str) -> int:

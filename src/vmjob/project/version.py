@@ -31,7 +31,7 @@ API_VERSION = "7.5.0"
 LEAST_API = (6, 0)
 #: Files of one version; the largest of the field has 9.
 MAX_FILES = 200
-#: From this size on a file is linked instead of copied, bytes.
+#: From this size on a file is linked instead of copied unless it is executed, bytes.
 LINK_FROM = 64 << 20
 
 _API = re.compile(r"(\d{1,4})\.(\d{1,4})(\.\d{1,4})?")
@@ -186,11 +186,13 @@ def _placed(source: Source, directory: Path, key: signing.PrivateKey | None) -> 
     if target.exists():
         raise PackageInvalid(f"two files would be called {physical!r}",
                              advice="Give each file once.")
+    executable = source.executable or source.main_program
     if source.path is None:
         target.write_bytes(source.content)
     else:
-        _copy(source.path, target, linked=source.shared)
-    executable = source.executable or source.main_program
+        # What is executed is always copied: a link has the mode of the file that it is one of.
+        _copy(source.path, target, linked=not executable and (
+            source.shared or source.path.stat().st_size >= LINK_FROM))
     if target.stat().st_nlink == 1:
         target.chmod(0o755 if executable else 0o644)
     signature = ""
@@ -217,9 +219,9 @@ def _sha256(source: Source) -> str:
 
 
 def _copy(source: Path, target: Path, *, linked: bool) -> None:
-    """One more name of a file where that saves much, else a copy of it."""
+    """A file under one more name, or a copy of it."""
     source = source.resolve()
-    if linked or source.stat().st_size >= LINK_FROM:
+    if linked:
         try:
             os.link(source, target)
         except OSError:  # another file system, or one without links

@@ -12,7 +12,8 @@ from typing import Any
 from vmjob.engine.clock import Pace
 from vmjob.engine.control import Control
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, Survival, prepare, run_job
+from vmjob.engine.request import Request, Survival
+from vmjob.engine.run import prepare, run_job
 from vmjob.engine.session import beside
 from vmjob.engine.slot import Asked, Slot
 from vmjob.errors import VmjobError
@@ -31,7 +32,6 @@ from vmjob.grid.boinc import (
     Uploaded,
 )
 from vmjob.job.model import SHARED, Job
-from vmjob.machine.qemu.driver import QemuDriver
 from vmjob.shape import doubt
 from vmjob.wrapper import totals
 from vmjob.wrapper.accounts import Accounts
@@ -195,7 +195,7 @@ class Carrier:
                     slot.begin(Asked(job, made.shape.accelerator, made.shape.cpu_model, None))
                 self._pace.change(ground.pace(job))
                 request = Request(
-                    job, QemuDriver(), made.shape, made.image, {"accelerator_why": made.why},
+                    job, made.driver, made.shape, made.image, {"accelerator_why": made.why},
                     survival=Survival(slot, self._pace, ground.disk_limit(slot)),
                     control=self._control, keep=slot.root / FAILED)
                 self.record = await (prepare(home, request) if self._options.prepare_only

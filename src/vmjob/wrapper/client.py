@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import anyio.to_thread
+
 from vmjob.errors import BadPath
 from vmjob.grid.boinc import Runtime
 from vmjob.grid.contract import Quiet
@@ -80,9 +82,10 @@ class ClientGrid(Quiet):
             self._log.line(f"trickle {variety}: {len(text)} characters")
         return taken
 
-    def upload(self, name: str) -> None:
+    async def upload(self, name: str) -> None:
         try:
-            self._ready(name)
+            # Gigabytes, perhaps: the client's orders are heard meanwhile.
+            await anyio.to_thread.run_sync(self._ready, name)
             self._runtime.upload(name)
         except (BadPath, ValueError, OSError) as error:
             self._log.line(f"{name!r} cannot be uploaded before the end: {error}")

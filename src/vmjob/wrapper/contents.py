@@ -91,17 +91,55 @@ def read_job(where: Surroundings) -> tuple[Job, list[Finding]]:
 
 def _here(job: Job, where: Surroundings) -> Job:
     """The job with the slot's links followed: files stand where the client wants them."""
-    for each in job.inputs:
-        if where.directory.is_relative_to(each.source):
-            raise JobFileInvalid(
-                "the slot itself is no input: it holds the client's files, and the account's key",
-                advice="Name the files, or share the slot as a folder.")
-    inputs = tuple(replace(each, source=_file(each.source, where)) for each in job.inputs)
-    outputs = tuple(replace(each, destination=_file(each.destination, where))
+    inputs = tuple(replace(each, source=_input(each.source, where)) for each in job.inputs)
+    outputs = tuple(replace(each, destination=_allowed(_file(each.destination, where), where))
                     for each in job.outputs)
     folders = tuple(_folder(each, where) for each in job.folders)
     mark = None if job.duration_file is None else _file(job.duration_file, where)
+    given = job.hardware
+    for path in (*(folder.source for folder in folders), given.disk, given.iso, given.cache_disk,
+                 given.screenshot, *job.packages, job.announce, mark):
+        if path is not None:
+            _allowed(path, where)
     return replace(job, inputs=inputs, outputs=outputs, folders=folders, duration_file=mark)
+
+
+def _input(path: Path, where: Surroundings) -> Path:
+    found = _allowed(_file(path, where), where)
+    if _real(found) == _real(where.directory):
+        raise JobFileInvalid(
+            "the slot itself is no input: it holds the client's files, and the account's key",
+            advice="Name the files, or share the slot as a folder.")
+    if where.project is not None and _real(found) == _real(where.project):
+        raise JobFileInvalid("the project's directory itself is no input: machines are in it",
+                             advice="Name the files, or share the directory as a folder.")
+    return found
+
+
+def _allowed(path: Path, where: Surroundings) -> Path:
+    """What is the slot's or the project's, wherever its name and links really lead.
+
+    All else is the volunteer's, or other jobs' (with the keys of their accounts). Raises
+    `JobFileInvalid`.
+    """
+    real, slot = _real(path), _real(where.directory)
+    projects = slot.parent.parent / "projects"
+    if where.project is not None:
+        project = _real(where.project)
+    elif real != projects and real.is_relative_to(projects):
+        project = projects / real.relative_to(projects).parts[0]
+    else:
+        project = slot
+    if real.is_relative_to(slot) or (real.is_relative_to(project)
+                                     and not real.is_relative_to(project / HOME)):
+        return path
+    raise JobFileInvalid(f"{str(path)!r} is neither in the slot nor in its project",
+                         advice="A job of BOINC's has its own files, and those of its project.")
+
+
+def _real(path: Path) -> Path:
+    """Not `Path.resolve`, which raises for links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _file(path: Path, where: Surroundings) -> Path:

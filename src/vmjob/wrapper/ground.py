@@ -18,7 +18,7 @@ from vmjob.host.facts import disk_free, memory
 from vmjob.job.model import Job
 from vmjob.job.packages import with_packages
 from vmjob.job.sporadic import sporadic
-from vmjob.machine.contract import MachineSpec, Priority
+from vmjob.machine.contract import Driver, MachineSpec, Priority
 from vmjob.machine.qemu import programs
 from vmjob.shape import machine_shape
 from vmjob.wrapper import contents, places, policy
@@ -41,8 +41,9 @@ CHECKPOINT_EVERY = 600.0
 
 @dataclass(frozen=True)
 class Shaped:
-    """A machine's shape, and facts for the record: of its image, and why this accelerator."""
+    """A machine's driver and shape, and facts for the record: its image, why this accelerator."""
 
+    driver: Driver
     shape: MachineSpec
     image: dict[str, Any]
     why: str
@@ -103,17 +104,18 @@ class Ground:
         allowed = rules.allowed(
             emulation=self._options.emulation or contents.allows_emulation(self.init))
         try:
-            shape, found, why = await machine_shape(
+            made = await machine_shape(
                 home, image.name if image else job.image, accel, memory_mb=job.memory_mb,
                 cpus=job.cpus, disk_gb=job.disk_gb, network=job.network,
                 cpu=cpu or job.cpu or "baseline", progress=self._building(), allowed=allowed)
         except AcceleratorUnusable as unusable:
             self._log.line(unusable.message)
             raise rules.asking_for_emulation(unusable, allowed) from unusable
+        found = made.image
         facts = {"name": found.name, "digest": found.manifest.parts["root"].sha256,
                  "kernel": found.manifest.kernel_version}
-        return Shaped(replace(shape, priority=self._priority(), display=job.hardware.screen),
-                      facts, why)
+        spec = replace(made.spec, priority=self._priority(), display=job.hardware.screen)
+        return Shaped(made.driver, spec, facts, made.why)
 
     def pace(self, job: Job) -> float | None:
         """Seconds between checkpoints: the longer of what the volunteer and what the job want.

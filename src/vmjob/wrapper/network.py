@@ -1,9 +1,9 @@
 """How much a job may send and receive, on average, by the volunteer's preferences.
 
-QEMU's user-mode network has no limits of its own, and one inside the guest would be the guest's to
-lift. So what passes is counted outside, and the cable is pulled while the job is ahead of its
-allowance: TCP waits and sends again, as over any bad line. In short the line is as fast as ever; on
-average it is as slow as it has to be.
+QEMU's user-mode network has no limits of its own, VirtualBox's one way only, and one inside the
+guest would be the guest's to lift. So what passes is counted outside, and the cable is pulled while
+the job is ahead of its allowance: TCP waits and sends again, as over any bad line. In short the
+line is as fast as ever; on average it is as slow as it has to be.
 """
 
 from __future__ import annotations

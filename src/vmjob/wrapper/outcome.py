@@ -48,6 +48,8 @@ _BY_CODE = {kind.code: kind for kind in errors.all_errors()}
 #: What a volunteer can do, where an error's own advice is for somebody at a command line.
 _FOR_VOLUNTEERS: dict[type[VmjobError], str] = {
     errors.AcceleratorUnusable: "Make it work again as when the task began, or abort the task.",
+    errors.VirtualizationOff: "Switch on virtualization (VT-x or AMD-V) in this computer's BIOS "
+                              "setup.",
     errors.CheckpointNewer: "It goes on with a newer version of the application.",
     errors.HomeUnusable: "Let the user that BOINC runs as write in BOINC's data directory.",
     errors.HostDiskFull: "Free some disk space, or let BOINC use more of the disk.",

@@ -30,7 +30,7 @@ SYSTEM = Path("/etc/vmjob/policy.toml")
 #: Bytes; nothing honest is longer.
 MAX_SIZE = 64 << 10
 EMULATION = "tcg"
-ACCELERATORS = frozenset({"kvm", "hvf", "whpx", EMULATION})
+ACCELERATORS = frozenset({"kvm", "hvf", "whpx", "hm", EMULATION})
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 

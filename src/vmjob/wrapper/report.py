@@ -20,6 +20,8 @@ __all__ = ["cause", "console_of", "sections"]
 MIB = 1 << 20
 #: Bytes of the machine's console, and of the hypervisor's own messages, at most.
 MOST_CONSOLE = 6 << 10
+#: The guest's console among the logs of a machine that failed; the others are its hypervisor's.
+CONSOLE = "console.log"
 MOST_MESSAGES = 2 << 10
 
 
@@ -91,8 +93,9 @@ def console_of(failed: Path) -> str:
                      key=lambda each: each.stat().st_mtime)
     except (OSError, ValueError):
         return ""
-    return (_end(newest / "console.log", MOST_CONSOLE)
-            + _end(newest / "qemu.log", MOST_MESSAGES))
+    others = sorted(each for each in newest.glob("*.log") if each.name != CONSOLE)
+    return _end(newest / CONSOLE, MOST_CONSOLE) + "".join(
+        _end(each, MOST_MESSAGES) for each in others)
 
 
 def _end(path: Path, most: int) -> str:

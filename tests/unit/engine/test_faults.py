@@ -23,7 +23,8 @@ from vmjob.engine import ownership
 from vmjob.engine import starting as starting_module
 from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.record import Record, describe_output
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.request import Request
+from vmjob.engine.run import run_job
 from vmjob.errors import HomeUnusable, HostDiskFull
 from vmjob.grid.contract import Quiet
 from vmjob.guest.client import AgentClient
@@ -118,6 +119,24 @@ async def test_a_result_that_cannot_be_is_no_result(run: Runner, lie: Mapping[st
 async def test_a_lie_cannot_turn_a_record_into_something_else_than_json(run: Runner) -> None:
     record = await run("true", faults=Faults(result={"ended_by": "\x1b[31m", "oom_kills": 1 << 60}))
     assert json.loads(msgspec.json.encode(record))["tasks"][0]["oom_kills"] == 1 << 60
+
+
+@pytest.mark.parametrize(("lie", "kept"), [
+    ({"ended_by": "a\ud800"}, "a\ufffd"), ({"ended_by": "\udcff"}, "\ufffd"),
+    ({"ended_by": "\U0001f600"}, "\U0001f600"), ({"rusage": {"\udfff": 1.0}}, None)])
+async def test_a_text_that_is_none_does_not_keep_a_record_from_being_written(
+        run: Runner, lie: Mapping[str, Any], kept: str | None) -> None:
+    record = await run("true", faults=Faults(result=lie))
+    assert json.loads(msgspec.json.encode(record))["tasks"][0]["ended_by"] == kept
+
+
+async def test_a_refusal_in_words_that_are_none_is_told(run: Runner) -> None:
+    body = rb'{"error": "x\ud800", "message": "no \uDCff"}'
+    record = await run("true", faults=Faults(
+        answers=b"HTTP/1.1 500 x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)))
+    said = json.loads(msgspec.json.encode(record))["error"]
+    assert (said["code"], said["context"]["reason"]) == ("guest-refused", "x\ufffd")
+    assert said["message"].endswith("no \ufffd")
 
 
 async def test_the_machine_killed_in_the_middle_is_told_as_that(run: Runner) -> None:

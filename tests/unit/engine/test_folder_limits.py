@@ -13,6 +13,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from tests.unit.deep_tree import deepen
 from tests.unit.engine.both_sides import Both, both, rest, session, text, until
 from tests.unit.guest.test_transfer import OK, Peer
 from vmjob.errors import (
@@ -133,13 +134,7 @@ async def test_odd_names_and_what_is_no_file_stay_in_the_guest(both: Both) -> No
 async def test_a_deep_tree_comes_as_deep_as_trees_may_be(both: Both) -> None:
     mirror = both.mirror()
     await mirror.fill()
-    fd = os.open(both.guest, os.O_RDONLY)
-    for _ in range(1000):
-        os.mkdir("d", dir_fd=fd)
-        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-    os.close(fd)
+    deepen(both.guest, 1000)
     try:
         (both.guest / "beside").write_text("x")
         await until(mirror, lambda: (both.host / "beside").exists())

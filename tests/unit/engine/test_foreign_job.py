@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from vmjob.engine.foreign import run_foreign
-from vmjob.engine.run import Request, Survival
+from vmjob.engine.request import Request, Survival
 from vmjob.engine.slot import Asked, Slot
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
 from vmjob.job.files import Folder
 from vmjob.job.model import Hardware, Job
-from vmjob.machine.contract import Ended, EndReason, MachineSpec
+from vmjob.machine.contract import Capabilities, Ended, EndReason, MachineSpec
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +25,8 @@ class Ending:
 
     name = "ending"
     pid = None
+    capabilities = Capabilities(suspend=False, checkpoint=False, networks=frozenset(),
+                                console=False, templates=False, isolated=True, foreign=True)
     spec = MachineSpec(id="m1", directory=Path("/"), boot=None)
 
     def __init__(self, reason: EndReason) -> None:

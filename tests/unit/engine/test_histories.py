@@ -28,7 +28,8 @@ from vmjob.engine.clock import Pace
 from vmjob.engine.control import Control
 from vmjob.engine.generations import Generation, Generations
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.request import Request, Survival
+from vmjob.engine.run import run_job
 from vmjob.engine.slot import Asked, Slot, Streams
 from vmjob.errors import VmjobError
 from vmjob.grid.contract import Quiet

@@ -10,7 +10,8 @@ import anyio
 import pytest
 
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, Survival, run_job
+from vmjob.engine.request import Request, Survival
+from vmjob.engine.run import run_job
 from vmjob.engine.slot import Asked, Slot
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
@@ -142,7 +143,10 @@ async def test_the_accounts_key_does_not_go_in_as_an_input_either(bench: Bench) 
     given = bench.place / "init_data.xml"
     given.write_text("<app_init_data>\n<user_name>ann</user_name>\n"
                      "<authenticator>0123456789abcdef</authenticator>\n</app_init_data>\n")
-    await bench.run("cp data shared/seen", inputs=(Input(given, "data"),))
+    link = bench.place / "link"
+    link.symlink_to(given)
+    await bench.run("cat data other > shared/seen",
+                    inputs=(Input(given, "data"), Input(link, "other")))
     seen = (bench.shared / "seen").read_text()
     assert "<user_name>ann</user_name>" in seen
     assert "0123456789abcdef" not in seen

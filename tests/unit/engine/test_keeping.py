@@ -12,7 +12,7 @@ import pytest
 from vmjob.engine import keeping
 from vmjob.engine.generations import Generations
 from vmjob.errors import HostDiskFull
-from vmjob.machine.contract import BootParts, MachineSpec
+from vmjob.machine.contract import BootParts, Foreign, MachineSpec
 
 MIB = 1 << 20
 ROOT, SCRATCH, MEMORY = 30 * MIB, 2 * MIB, 16 * MIB
@@ -78,3 +78,18 @@ def test_what_was_copied_by_a_failed_attempt_is_not_counted_twice(
     (generations.directory / "memory").write_bytes(b"x" * MEMORY)
     free(monkeypatch, 16 * MIB + ROOT + SCRATCH)
     keeping._check_room(generations, spec, None)
+
+
+def test_what_its_user_brought_needs_room_where_it_is_copied(
+        generations: Generations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, iso = tmp_path / "disk", tmp_path / "iso"
+    disk.write_bytes(bytes(3 * MIB))
+    iso.write_bytes(bytes(MIB))
+    spec = MachineSpec(id="", directory=tmp_path, boot=None, memory_mb=16,
+                       foreign=Foreign(disk, iso))
+    free(monkeypatch, 16 * MIB)
+    keeping._check_room(generations, spec, None)
+    with pytest.raises(HostDiskFull):
+        keeping._check_room(generations, spec, None, (disk,))
+    free(monkeypatch, 19 * MIB)
+    keeping._check_room(generations, spec, 19 * MIB, (disk,))

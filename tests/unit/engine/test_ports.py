@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.request import Request
+from vmjob.engine.run import run_job
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
 from vmjob.job.model import Forward, Job, Network, Task

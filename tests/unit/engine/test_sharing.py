@@ -11,7 +11,8 @@ import pytest
 
 from vmjob.engine.folders import Mirror
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.request import Request
+from vmjob.engine.run import run_job
 from vmjob.errors import AgentProtocol, GuestRefused
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
@@ -32,7 +33,7 @@ class Heard(Quiet):
         self.heard.append((variety, text))
         return True
 
-    def upload(self, name: str) -> None:
+    async def upload(self, name: str) -> None:
         self.heard.append(name)
 
     def operations(self, floating: float, integer: float) -> None:

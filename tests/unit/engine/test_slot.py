@@ -16,7 +16,7 @@ from vmjob.engine.generations import Draft, Generation
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record
 from vmjob.engine.slot import Asked, AskedMachine, Slot, Streams
-from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable
+from vmjob.errors import Busy, HomeUnusable, HostDiskFull, SlotUnusable, UsageError
 from vmjob.host import durable
 from vmjob.job.files import Input, Output
 from vmjob.job.model import Job, Network, OnFlood, Task
@@ -225,6 +225,22 @@ def test_a_job_can_be_continued_from_another_directory(
         slot.begin(Asked(Job((Task(("true",)),), inputs=(Input(Path("data"), "data"),))))
         (given,) = slot.asked().job.inputs
         assert given == Input(tmp_path / "data", "data")
+
+
+def test_a_path_is_kept_that_is_no_text(root: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xc3"))
+    job = Job((Task(("true",)),), inputs=(Input(odd, "data"),), outputs=(Output("out", odd),))
+    with Slot.claim(root) as slot:
+        slot.begin(Asked(job))
+    with Slot.claim(root) as slot:
+        assert slot.asked().job == job
+
+
+def test_words_that_are_no_text_are_refused(root: Path) -> None:
+    with Slot.claim(root) as slot:
+        with pytest.raises(UsageError, match="not"):
+            slot.begin(Asked(Job((Task(("echo", "\udcff")),))))
+        assert not slot.has_job
 
 
 def test_a_slot_has_one_job(root: Path) -> None:

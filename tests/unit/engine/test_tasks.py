@@ -19,7 +19,8 @@ from vmjob.engine.fraction import overall, parse_fraction
 from vmjob.engine.output import Output as EngineOutput
 from vmjob.engine.peeking import peek
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.request import Request
+from vmjob.engine.run import run_job
 from vmjob.engine.session import open_session
 from vmjob.engine.work import Work
 from vmjob.errors import UsageError

@@ -21,7 +21,7 @@ from tests.conftest import open_descriptors
 from vmjob.engine import freezing, templates
 from vmjob.engine.session import Session, open_session
 from vmjob.engine.templates import Template, TemplateStore, key_of
-from vmjob.errors import UsageError
+from vmjob.errors import HypervisorRefused, UsageError
 from vmjob.guest.client import AgentClient
 from vmjob.home import Home
 from vmjob.machine.contract import BootParts, MachineSpec
@@ -216,7 +216,7 @@ async def test_a_template_whose_copies_do_not_start_is_dropped_and_the_machine_b
         monkeypatch: pytest.MonkeyPatch) -> None:
     await use(home, shape)
 
-    async def deaf(machine: FakeMachine, *, grown: bool) -> object:
+    async def deaf(driver: FakeDriver, machine: FakeMachine, *, grown: bool) -> object:
         raise templates.TemplateUnusable("QEMU did not start: bad state")
 
     monkeypatch.setattr("vmjob.engine.session.thaw", deaf)
@@ -231,6 +231,26 @@ async def test_a_machine_that_cannot_be_frozen_boots_and_says_why(
     session = await use(home, shape, FakeDriver(Faults(freeze="the disk is full")))
     assert session.cold_because == "the disk is full"
     assert store.all() == []
+
+
+@pytest.mark.parametrize(("failures", "frozen"), [(1, True), (2, True), (3, False)])
+async def test_a_machine_that_its_hypervisor_fails_to_freeze_is_made_anew(
+        home: Home, shape: MachineSpec, store: TemplateStore, monkeypatch: pytest.MonkeyPatch,
+        failures: int, frozen: bool) -> None:
+    real, left = FakeMachine.freeze, [HypervisorRefused("no words")] * failures
+
+    async def freeze(machine: FakeMachine) -> list[str]:
+        if left:
+            raise left.pop()
+        return await real(machine)
+
+    monkeypatch.setattr(FakeMachine, "freeze", freeze)
+    session = await use(home, shape)
+    assert left == []
+    assert len(store.all()) == int(frozen)
+    assert session.cold_because == (
+        None if frozen else "a machine could not be frozen: no words")
+    assert list(home.machines.iterdir()) == []
 
 
 async def test_without_room_for_a_template_none_is_begun(home: Home, shape: MachineSpec,

@@ -32,7 +32,7 @@ class Heard(Quiet):
             self.heard.append((variety, text))
         return not self.busy
 
-    def upload(self, name: str) -> None:
+    async def upload(self, name: str) -> None:
         self.heard.append(name)
 
     def operations(self, floating: float, integer: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from vmjob.job.files import Folder, Input, Output
+from vmjob.job.files import FOLDER_NAME, Folder, Input, Output
 from vmjob.job.model import (
     LEAST_MEMORY_MB,
     MOST_CPUS,
@@ -53,7 +53,8 @@ tasks = st.builds(
     fraction_file=maybe(some), checkpoint_file=maybe(some), time_limit=maybe(seconds),
     may_fail=st.booleans(), daemon=st.booleans())
 folders = st.builds(
-    Folder, name=some, source=paths, destination=st.one_of(guest, st.just("")),
+    Folder, name=st.from_regex(FOLDER_NAME, fullmatch=True), source=paths,
+    destination=st.one_of(guest, st.just("")),
     live=st.booleans(), writable=st.booleans(), links=st.booleans(),
     without=st.lists(some, max_size=2).map(tuple), copies=st.lists(paths, max_size=2).map(tuple),
     texts=st.dictionaries(raw, raw, max_size=2), max_bytes=sizes,

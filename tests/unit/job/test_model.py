@@ -17,6 +17,7 @@ from vmjob.job.files import (
     Output,
     check_guest_path,
     check_input,
+    is_directory,
     parse_input,
     parse_output,
 )
@@ -52,6 +53,14 @@ def test_a_source_with_a_colon_in_its_name_is_that_file_when_it_exists(tmp_path:
     odd.touch()
     assert parse_input(str(odd)) == Input(odd, "a:b")
     assert parse_input(f"{odd}:c") == Input(odd, "c")
+
+
+def test_a_name_that_no_file_can_have_is_that_of_a_missing_file() -> None:
+    long = "a" * 300
+    assert parse_input(f"{long}:b") == Input(Path(long), "b")
+    with pytest.raises(InputMissing):
+        check_input(parse_input(f"{long}:b"))
+    assert not is_directory(Path(long))
 
 
 @pytest.mark.parametrize("text", [".", "./", "sub/.."])
@@ -124,6 +133,15 @@ def test_a_job_that_cannot_be_says_what_is_wrong(change: dict[str, object]) -> N
     {"memory_mb": 128}, {"cpus": 255}, {"disk_gb": 1}, {"disk_gb": 1024}, {"time_limit": 0.001}])
 def test_the_limits_themselves_are_allowed(change: dict[str, object]) -> None:
     replace(GOOD, **change).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", ".hidden", "", "a\nb", "n" * 65, "é"])
+def test_a_folders_name_leads_nowhere(name: str, tmp_path: Path) -> None:
+    """Files of the slot and of the machine are called after it."""
+    folder = Folder(name, tmp_path, "there")
+    with pytest.raises(UsageError, match="no name of a folder"):
+        replace(GOOD, folders=(folder,)).check()
+    replace(GOOD, folders=(replace(folder, name="a-name.1"),)).check()
 
 
 @pytest.mark.parametrize("more", [{"live": False}, {"writable": False}, {"name": "other"}])

@@ -211,6 +211,8 @@ def test_a_name_that_is_not_unicode_is_refused_when_it_is_to_be_written() -> Non
     ("run = 'a'\n[hardware]\nmailbox = 'a'\nmailbox_base64 = 'YQ=='", 4, "two-mailboxes", ""),
     ("run = 'a'\n[hardware]\nmailbox_base64 = '?'", 3, "wrong-value", "base64"),
     ("[[task]]\nrun = 'a'\ndaemon = true", 1, "only-daemons", "daemons"),
+    ("run = 'a'\n[[folder]]\nname = '../up'\nsource = '.'\ndestination = 'x'", 3, "wrong-value",
+     "no name of a folder"),
     ("[task]\nrun = 'a'", 1, "wrong-value", "two brackets"),
     ("run = 'a'\nfolder = [1]", 2, "wrong-value", "two brackets"),
     ("run = 'a'\ntriggers = 1", 2, "wrong-value", "[triggers]"),

@@ -296,7 +296,8 @@ async def test_a_command_that_is_not_there_is_that_error(home: Home, lab: str) -
 
 @pytest.mark.parametrize(("do", "arguments"), [
     ("exec", {"argv": "ls"}), ("exec", {"argv": ["ls"], "more": 1}), ("put", {"source": 3}),
-    ("fly", {}), ("priority", {"priority": "high"})])
+    ("exec", {"argv": ["echo", *["x" * 120_000] * 10]}), ("fly", {}),
+    ("priority", {"priority": "high"})])
 async def test_a_request_that_cannot_be_is_refused_and_the_machine_goes_on(
         home: Home, lab: str, do: str, arguments: dict[str, Any]) -> None:
     await client.start(home, lab, command=keeper())

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vmjob.cli.machine import machine
-from vmjob.cli.main import cli
+from vmjob.cli.main import cli, print_json
 from vmjob.home import Home
 
 
@@ -45,7 +45,8 @@ def test_a_machine_is_made_listed_and_destroyed() -> None:
     (["exec", "lab", "--env", "x", "--", "true"], "usage"),
     (["suspend", "lab"], "wrong-state"), (["resume", "lab"], "wrong-state"),
     (["restore", "lab"], "wrong-state"), (["stop", "lab", "--checkpoint"], "wrong-state"),
-    (["console", "lab"], "wrong-state"), (["put", "lab", "/x"], "wrong-state")])
+    (["console", "lab"], "wrong-state"), (["put", "lab", "/x"], "wrong-state"),
+    (["get", "lab", "x", "a" * 300], "wrong-state")])
 def test_what_cannot_be_done_has_a_code_and_an_advice(arguments: list[str], code: str) -> None:
     vmjob("create", "lab")
     # Options are read up to `--`.
@@ -73,6 +74,12 @@ def test_a_dry_run_of_clean_shows_what_clean_removes(home: Home) -> None:
         assert done.stdout == f"{verb} {home.slots / 'lab' / 'machine'}\n"
     assert "Nothing" in CliRunner().invoke(cli, ["clean"]).stdout
     assert vmjob("status", "lab").exit_code == 0
+
+
+def test_a_name_that_is_no_text_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A machine's files may have any."""
+    print_json({"entries": [{"name": "\udcff"}]})
+    assert json.loads(capsys.readouterr().out) == {"entries": [{"name": "\udcff"}]}
 
 
 def test_every_subcommand_is_one_of_the_documented_and_teaches() -> None:

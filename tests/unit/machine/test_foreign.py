@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmjob.errors import DiskUnusable
-from vmjob.machine.contract import Foreign, MachineSpec
+from vmjob.guest.agent.wire import LANES
+from vmjob.machine.contract import Attached, BootParts, Foreign, MachineSpec
+from vmjob.machine.disks import CD_HEAD, check_cd, format_of
 from vmjob.machine.qemu import argv
-from vmjob.machine.qemu.foreign import Disk, Media, format_of, size_of
+from vmjob.machine.qemu.foreign import Disk, Media, size_of
 
 SPEC = MachineSpec(id="m1", directory=Path("/m"), boot=None, foreign=Foreign(Path("/d")))
 FDS = argv.Descriptors(3, 4, {})
@@ -41,10 +43,30 @@ def test_the_formats_that_are_taken() -> None:
     qcow2(backing=1), qcow2(encrypted=1), qcow2(features=2), qcow2(features=4),
     qcow2(features=1 << 63), qcow2(version=1), qcow2(version=4), qcow2()[:30], qcow2()[:75],
     b"KDMV", b"COWD", b"# Disk DescriptorFile\n", b"vhdxfile", b"conectix", b"QED\0",
-    b"LUKS\xba\xbe", b"WithoutFreeSpace", b"WithouFreSpacExt", b"Bochs Virtual HD Image"])
+    b"LUKS\xba\xbe", b"WithoutFreeSpace", b"WithouFreSpacExt", b"Bochs Virtual HD Image",
+    b"# Disk DescriptorFile\n#".ljust(64) + b"\x7f\x10\xda\xbe"])
 def test_what_may_name_other_files_is_refused(head: bytes) -> None:
     with pytest.raises(DiskUnusable):
         format_of(head)
+
+
+def cd(begin: bytes = b"", mark: bytes = b"CD001") -> bytes:
+    return begin.ljust(0x8000, b"\0") + b"\1" + mark + b"\1"
+
+
+@pytest.mark.parametrize("head", [cd(), cd(mark=b"BEA01"), cd(b"\x33\xed"), cd(b"ER\x08\0")])
+def test_a_cd_is_one_whatever_it_starts_a_computer_with(head: bytes) -> None:
+    check_cd(head[:CD_HEAD])
+
+
+@pytest.mark.parametrize("head", [
+    b"", b"\0" * CD_HEAD, cd(mark=b"CD002"), cd()[:CD_HEAD - 1],
+    cd(b"--iprt-iso-maker-file-marker-bourne-sh=1\n/secret=/etc/passwd"),
+    cd(b"\n \t--iprt-iso-maker-file-marker=1"), cd(b"\xef\xbb\xbf--iprt-iso-maker-file-marker=1"),
+    cd(b'FILE "/etc/passwd" BINARY\n'), cd(b"REM x\n"), cd(b"# Disk DescriptorFile\n")])
+def test_a_list_of_this_computers_files_is_no_cd(head: bytes) -> None:
+    with pytest.raises(DiskUnusable):
+        check_cd(head[:CD_HEAD])
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"QFI\xfb", b"QFI\xfb\0\0\0\3"]))
@@ -123,3 +145,26 @@ def test_a_foreign_machine_is_a_pc_without_lanes_that_may_restart() -> None:
     assert "virtserialport" not in " ".join(words)
     assert "e1000,netdev=net0,romfile=" in words
     assert words[words.index("-serial") + 1] == "chardev:console"
+
+
+@pytest.mark.parametrize(("part", "given", "driver", "serial"), [
+    ("disk", IMAGE, "raw", "vmjob-disk-vdi"), ("disk", CACHE, "qcow2", "vmjob-disk-raw"),
+    ("disk", ISO, "raw", "vmjob-disk-raw"), ("iso", ISO, "raw", "vmjob-iso-raw"),
+    ("cache_disk", IMAGE, "raw", "vmjob-cache_disk-vdi")])
+def test_a_disk_besides_is_only_read_and_comes_after_all_others(part: str, given: Disk, driver: str,
+                                                                serial: str) -> None:
+    nowhere = Path("/i")
+    spec = replace(SPEC, foreign=None, boot=BootParts("", nowhere, nowhere, nowhere, nowhere))
+    fds = argv.Descriptors(3, 4, dict.fromkeys(LANES, 5))
+    without = argv.command_line("qemu", spec, Path("/m/overlay.qcow2"), fds)
+    spec = replace(spec, attached=Attached(given.path))
+    words = argv.command_line("qemu", spec, Path("/m/overlay.qcow2"), fds, attached={part: given})
+    nodes = [json.loads(word) for word in words if word.startswith("{") and "attached" in word]
+    assert [node["driver"] for node in nodes] == ["file", driver]
+    assert all(node["read-only"] for node in nodes)
+    assert nodes[0]["filename"] == str(given.path)
+    assert [word for word in words if word.endswith(f",serial={serial}")]
+    assert len(serial) <= 20  # VIRTIO_BLK_ID_BYTES
+    others = [word for word in without if word.startswith("virtio-blk")]
+    assert [word for word in words if word.startswith("virtio-blk")][:-1] == others
+    assert "vsyscall=xonly" in words[words.index("-append") + 1]

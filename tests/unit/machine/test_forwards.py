@@ -8,7 +8,8 @@ import socket
 
 import pytest
 
-from vmjob.machine.qemu.forwards import new_port, rule, why_not
+from vmjob.machine.ports import why_not
+from vmjob.machine.qemu.forwards import new_port, rule
 
 SAID = """Hub -1 (net0):
   Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ

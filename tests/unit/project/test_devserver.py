@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from vmjob.cli import project
+from vmjob.cli.main import cli
 from vmjob.errors import (
     InputMissing,
     PackageInvalid,
@@ -461,3 +464,26 @@ def test_a_server_keeps_its_key_between_its_lives(tmp_path: Path) -> None:
     with DevServer(tmp_path) as first, DevServer(tmp_path) as second:
         assert first.state.key == second.state.key
         assert first.authenticator != second.authenticator
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_what_clients_have_uploaded_is_not_lost_with_the_command(
+        comes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = []
+
+    def serve(server: DevServer, *, as_json: bool) -> None:
+        roots.append(server.root)
+        (job,) = server.state.jobs
+        if comes:
+            assert upload(server, f"{job}_0", DATA) == 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(project, "_serve", serve)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = a_version(tmp_path)
+    run = CliRunner().invoke(cli, ["project", "serve-dev", str(made.directory), "--output", "out"])
+    (root,) = roots
+    assert root.is_relative_to(tmp_path)
+    assert (str(root) in run.stderr) == comes
+    assert [each.read_bytes() for each in root.glob("upload/*")] == [DATA] * comes
+    assert root.exists() == comes

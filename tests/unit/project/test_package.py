@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.unit.small_image import small_image
 from vmjob.cli.main import cli
 from vmjob.errors import JobFileInvalid, PackageInvalid
 from vmjob.home import Home
 from vmjob.image import manifest
-from vmjob.image.manifest import Manifest, Part
-from vmjob.image.store import Image, ImageStore
+from vmjob.image.store import Image
 from vmjob.project import signing
 from vmjob.project.package import Package, package
 
@@ -26,15 +26,7 @@ VBOX = "<vbox_job><memory_size_mb>512</memory_size_mb><enable_network/></vbox_jo
 @pytest.fixture
 def image(home: Home) -> Image:
     """An image of four small files."""
-    directory = home.images / "lab"
-    directory.mkdir()
-    parts = {}
-    for name in manifest.PART_NAMES:
-        (directory / f"{name}.bin").write_text(name)
-        parts[name] = Part(f"{name}.bin", len(name), "ab" * 32)
-    manifest.write(directory, Manifest(manifest.FORMAT, "lab", "bookworm", (), "d", "2026", 1, "6",
-                                       parts, (), 22))
-    return ImageStore(home).get("lab")
+    return small_image(home)
 
 
 def packed(tmp_path: Path, image: Image | None = None, text: str = JOB, name: str = "job.toml",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmjob.errors import KeyFileInvalid, SignatureInvalid
+from vmjob.host import durable
 from vmjob.project import signing
 from vmjob.project.signing import PrivateKey, PublicKey
 
@@ -69,6 +73,42 @@ def test_a_key_is_never_replaced(key: PrivateKey, tmp_path: Path) -> None:
     with pytest.raises(KeyFileInvalid, match="already"):
         signing.write_keys(tmp_path, key)
     assert not (tmp_path / signing.PUBLIC_FILE).exists()
+
+
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_a_full_disk_leaves_nothing_that_bars_the_way(
+        key: PrivateKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    steps = itertools.count()
+
+    def sync(path: Path) -> None:
+        if next(steps) == fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(durable, "sync", sync)
+        with pytest.raises(KeyFileInvalid, match="No space"):
+            signing.write_keys(tmp_path, key)
+    assert list(tmp_path.iterdir()) == []
+    signing.write_keys(tmp_path, key)
+    assert {each.name for each in tmp_path.iterdir()} == {signing.PRIVATE_FILE,
+                                                          signing.PUBLIC_FILE}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_key_that_comes_at_the_same_time_is_not_replaced(
+        key: PrivateKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def other(path: Path) -> None:
+        (tmp_path / signing.PUBLIC_FILE).write_text("another's")
+
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(durable, "sync", other)
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    with pytest.raises(KeyFileInvalid, match=f"already: .*{signing.PUBLIC_FILE}"):
+        signing.write_keys(tmp_path, key)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["another's"]
 
 
 def test_a_signature_is_of_one_file_and_one_key(key: PrivateKey) -> None:

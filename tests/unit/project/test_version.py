@@ -44,6 +44,21 @@ def test_the_description_asks_for_a_wrappers_priority_and_never_against_the_thro
     assert made.is_wrapper
 
 
+def test_a_large_program_can_be_executed_and_large_data_is_not_copied(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(version, "LINK_FROM", 4)
+    large = tmp_path / "large"
+    large.write_bytes(b"large")
+    large.chmod(0o644)
+    made = built(tmp_path, Source("p", "p", path=large, executable=True),
+                 Source("d", "d", path=large))
+    _, program, data = made.files
+    assert program.executable
+    assert program.path.stat().st_mode & 0o777 == 0o755
+    assert data.path.samefile(large)
+    assert large.stat().st_mode & 0o777 == 0o644
+
+
 def test_a_physical_name_changes_with_the_content(tmp_path: Path) -> None:
     first = built(tmp_path / "a", Source("d", "w_1.00_d", ".xml", content=b"1")).files[1]
     second = built(tmp_path / "b", Source("d", "w_1.00_d", ".xml", content=b"2")).files[1]

@@ -104,10 +104,29 @@ def test_a_link_that_leads_out_of_the_project_is_no_input(slot: Slot, tmp_path: 
 
 def test_the_slot_itself_is_no_input(slot: Slot) -> None:
     """It holds the account's key."""
-    for words in ('["."]', f'["{slot.directory.parent}"]'):
+    (slot.directory / "d").mkdir()
+    (slot.directory / "loop").symlink_to("loop")
+    (slot.directory / "away").symlink_to("..")
+    for words in ('["."]', f'["{slot.directory.parent}"]', '["..:x"]', '["d/..:x"]',
+                  f'["{slot.directory}/../0:x"]', '["../../slots:x"]', '["away:x"]',
+                  '["../../projects/127.0.0.1_8000:x"]'):
         slot.link("vmjob.toml", "toml", TOML.replace('["in", "data/table"]', words))
         with pytest.raises(JobFileInvalid):
             contents.read_job(slot.where())
+
+
+@pytest.mark.parametrize("line", [
+    'inputs = ["/etc/hostname"]', 'inputs = ["../1/in"]', 'inputs = ["../../client_state.xml"]',
+    'inputs = ["../../projects/127.0.0.1_8000/vmjob/images"]', 'inputs = ["../../projects/b/f"]',
+    'outputs = ["o:/tmp/o"]', 'outputs = ["o:../1/out"]', 'packages = ["/srv/p.tar"]',
+    '[[folder]]\nname = "shared"\nsource = ".."', '[[folder]]\nname = "f"\nsource = "/home"',
+    '[hardware]\ndisk = "/dev/sda"', '[hardware]\niso = "../../cd.iso"'])
+def test_a_job_has_the_files_of_its_slot_and_of_its_project_and_no_others(slot: Slot,
+                                                                          line: str) -> None:
+    top, tables = ("", line) if line.startswith("[") else (line, "")
+    slot.link("vmjob.toml", "toml", f'{top}\n[[task]]\nrun = ["true"]\n{tables}\n')
+    with pytest.raises(JobFileInvalid, match="neither in the slot nor in its project"):
+        contents.read_job(slot.where())
 
 
 def test_the_first_job_file_counts_and_none_is_an_error(slot: Slot) -> None:

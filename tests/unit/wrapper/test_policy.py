@@ -26,7 +26,7 @@ def written(path: Path, text: str) -> Path:
 def test_where_nobody_says_anything_all_but_emulation_is_allowed(tmp_path: Path) -> None:
     policy = read([tmp_path / "none"])
     policy.check(JOB)
-    assert policy.allowed(emulation=False) == {"kvm", "hvf", "whpx"}
+    assert policy.allowed(emulation=False) == {"kvm", "hvf", "whpx", "hm"}
     assert policy.allowed(emulation=True) == ACCELERATORS
 
 

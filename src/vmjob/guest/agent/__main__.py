@@ -1,4 +1,4 @@
-"""Start the agent: on its virtio-serial ports in a machine, or on given descriptors in a test."""
+"""Start the agent: on the lanes of a machine, or on given descriptors in a test."""
 
 from __future__ import annotations
 
@@ -11,18 +11,6 @@ from .data import DataServer
 from .loop import READ
 from .place import MACHINE, Place
 from .server import Agent
-from .wire import LANES, PORT_PREFIX
-
-PORTS = "/sys/class/virtio-ports"
-
-
-def find_ports() -> list[str]:
-    """Device paths of the lanes, in the order of `LANES`."""
-    names = {}
-    for port in os.listdir(PORTS):
-        with open(f"{PORTS}/{port}/name", encoding="ascii") as file:
-            names[file.read().strip()] = f"/dev/{port}"
-    return [names[PORT_PREFIX + lane] for lane in LANES]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,10 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_DFL)
     if arguments:
         place = Place(workdir=arguments[0], run=arguments[1], cgroup=None, user=None)
-        fds = [int(text) for text in arguments[2:]]
+        fds, carrier = [int(text) for text in arguments[2:]], None
     else:
+        from .ports import open_lanes
+
         place = MACHINE
-        fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in find_ports()]
+        fds, carrier = open_lanes()
     control, output, stdin, data = fds
     server = os.fork()
     if server == 0:
@@ -52,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     gc.freeze()
     # One without the other is no agent; when it ends, so does the machine.
     agent.loop.watch(os.pidfd_open(server), READ, lambda events: sys.exit(3))
+    if carrier is not None:
+        agent.loop.watch(carrier, READ, lambda events: sys.exit(4))
     agent.serve(control, output, stdin)
     return 0
 

@@ -102,6 +102,7 @@ class Lane:
         self._parser = Parser()
         self._out = bytearray()
         self._answering = False
+        self._blocked = False
         # Pages, because virtio-serial returns one page per buffer (see `channel`).
         self._pages = [bytearray(PAGE) for _ in range(READ_VECTOR // 2)]
         os.set_blocking(fd, False)
@@ -119,17 +120,16 @@ class Lane:
         if not events & ~WRITE:
             return
         try:
-            got = os.readv(self._fd, self._pages)
+            data = self._read()
         except BlockingIOError:
             return
         except ConnectionError:
-            got = 0
-        if not got:
+            data = b""
+        if not data:
             self._loop.unwatch(self._fd)
             self._closed()
             return
-        used = self._pages[:-(-got // PAGE)]
-        for one in self._parser.feed(b"".join(used)[:got]):
+        for one in self._parser.feed(data):
             if self._answering or self._out:
                 # No pipelining: the host has given up on the exchange that is under way.
                 self._answering = False
@@ -146,6 +146,17 @@ class Lane:
             else:
                 self.answer(wire.SYNC_ACK + one + b"\n")
 
+    def _read(self) -> bytes:
+        """What has come, b"" for the end: mostly a page or less, for which no vector is set up."""
+        data = os.read(self._fd, PAGE)
+        if len(data) < PAGE:
+            return data
+        try:
+            got = os.readv(self._fd, self._pages)
+        except BlockingIOError:
+            return data
+        return b"".join([data, *self._pages[:-(-got // PAGE)]])[:PAGE + got]
+
     def _flush(self) -> None:
         try:
             while self._out:
@@ -154,4 +165,6 @@ class Lane:
             pass
         except ConnectionError:
             self._out.clear()
-        self._loop.watch(self._fd, READ | (WRITE if self._out else 0), self._ready)
+        if self._blocked != bool(self._out):
+            self._blocked = not self._blocked
+            self._loop.watch(self._fd, READ | (WRITE if self._blocked else 0), self._ready)

@@ -58,6 +58,8 @@ class Loop:
                 # An earlier callback of this round may have closed it.
                 if callback := self._callbacks.get(fd):
                     callback(events)
+            if not self._moments:
+                continue
             now = time.monotonic()
             for key, (moment, call) in list(self._moments.items()):
                 if moment <= now and key in self._moments:

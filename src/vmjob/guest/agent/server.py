@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import struct
@@ -17,7 +16,7 @@ from .lane import Lane
 from .loop import READ, Loop
 from .messages import Messages
 from .place import Place, memory_facts, processor_facts, read_file
-from .request import Refused, Request, refuse, reply
+from .request import Refused, Request, refuse, reply, to_json
 from .spawn import CannotStart
 from .tasks import Task, TaskTable
 
@@ -27,12 +26,11 @@ INPUT_PATIENCE = 5.0
 MAX_WAIT = 60.0
 #: ``_IOW('f', 16, __u64)``: grow a mounted ext4 to so many blocks (Linux, fs/ext4/ext4.h).
 EXT4_IOC_RESIZE_FS = 0x40086610
-BLKGETSIZE64 = 0x80081272
+#: What the kernel counts a disk's size in, bytes.
+SECTOR = 512
 #: Seconds in which the kernel must have heard that its disk grew, and between looks at it.
 RESIZE_PATIENCE = 5.0
 RESIZE_PERIOD = 0.001
-#: The writable disk (docs/reference/driver-contract.md: the second one).
-DISK = "/dev/vdb"
 #: Longest that the answer to a start waits for the command's end, seconds: it keeps others waiting.
 MAX_START_WAIT = 0.1
 #: The same once it has written something, which the host may want to see: seconds.
@@ -171,7 +169,7 @@ class Agent:
         """Let the writable file system fill its disk, which may be larger than the image's."""
         wanted = int(request.query.get("size", "0"))
         give_up = time.monotonic() + RESIZE_PATIENCE
-        while (size := disk_size()) < wanted and time.monotonic() < give_up:
+        while (size := disk_size(self.place.workdir)) < wanted and time.monotonic() < give_up:
             time.sleep(RESIZE_PERIOD)
         fd = os.open(self.place.workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -380,13 +378,12 @@ class Agent:
             self.table.stop_waiting(task)
 
 
-def disk_size() -> int:
-    """Bytes of the writable disk, as the kernel sees it now."""
-    fd = os.open(DISK, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return int(struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, b"\0" * 8))[0])
-    finally:
-        os.close(fd)
+def disk_size(directory: str) -> int:
+    """Bytes of the disk that a directory is on, as the kernel sees it now."""
+    device = os.stat(directory).st_dev
+    path = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/size"
+    with open(path, encoding="ascii") as file:
+        return int(file.read()) * SECTOR
 
 
 def _guarded(handler: Callable[[Request], T], request: Request) -> T:
@@ -403,5 +400,5 @@ def _guarded(handler: Callable[[Request], T], request: Request) -> T:
 
 def _news(told: dict[str, Any], pieces: list[bytes]) -> bytes:
     """An answer of one line of JSON and the bytes that it speaks of."""
-    body = b"".join([json.dumps(told).encode(), b"\n", *pieces])
-    return wire.response_head(200, {"content-length": str(len(body))}) + body
+    body = b"".join([to_json(told), b"\n", *pieces])
+    return wire.plain_head(len(body)) + body

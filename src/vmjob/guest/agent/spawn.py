@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from .place import Account, write_file
 
@@ -53,11 +53,20 @@ def start(argv: list[str], env: dict[str, str], cwd: str, stdio: Sequence[int],
     """
     quick = alone or account is None or account[1] == os.geteuid()
     how = _spawn if quick else _fork
+    # What surrounds the spawn is undone in plain `finally` clauses, here and below: generators in
+    # `with` statements are more for an emulated processor to run, before every command.
+    before = None
     try:
-        with _inside(cgroup), _file_limit(limits.file_bytes):
+        before = _limit_files(limits.file_bytes)
+        if cgroup is None:
             pid = how(argv, env, cwd, stdio, account)
+        else:
+            pid = _inside(cgroup, how, argv, env, cwd, stdio, account)
     except OSError as error:
         raise _cause(argv[0], cwd, error) from error
+    finally:
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     # The hard limits, which the job could not raise, are set from outside: we could not raise our
     # own again everywhere.
     if limits.file_bytes is not None:
@@ -75,11 +84,20 @@ def _spawn(argv: list[str], env: dict[str, str], cwd: str, stdio: Sequence[int],
            account: Account | None) -> int:
     """By posix_spawn, which is a vfork: the agent itself is the user, and in ``cwd``, meanwhile."""
     actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
-    with _acting_as(account), contextlib.chdir(cwd):
+    back = os.getcwd()
+    changed = _act_as(account)
+    try:
+        os.chdir(cwd)
         # Not posix_spawnp, which tries execve in each directory: one that fails has made, and
         # drops, a whole address space.
         return os.posix_spawn(_found(argv[0], env), argv, env, file_actions=actions, setsid=True,
                               setsigdef=DEFAULT_SIGNALS)
+    finally:
+        if changed:
+            os.setresuid(0, 0, 0)
+            os.setresgid(0, 0, 0)
+            os.setgroups([0])
+        os.chdir(back)
 
 
 def _fork(argv: list[str], env: dict[str, str], cwd: str, stdio: Sequence[int],
@@ -100,7 +118,7 @@ def _found(program: str, env: dict[str, str]) -> str:
         return program
     denied = False
     for directory in env.get("PATH", os.defpath).split(":"):
-        path = os.path.join(directory, program)
+        path = f"{directory}/{program}" if directory else program
         if os.access(path, os.X_OK, effective_ids=True) and not os.path.isdir(path):
             return path
         denied = denied or os.path.exists(path)
@@ -108,18 +126,14 @@ def _found(program: str, env: dict[str, str]) -> str:
     raise OSError(code, os.strerror(code), program)
 
 
-@contextlib.contextmanager
-def _inside(cgroup: str | None) -> Iterator[None]:
-    """Be in a control group, and as killable as a job, while a child is made there."""
-    if cgroup is None:
-        yield
-        return
+def _inside(cgroup: str, how: Callable[..., int], *call: object) -> int:
+    """Make a child in a control group: be in it, and as killable as a job, meanwhile."""
     home = os.path.dirname(os.path.dirname(cgroup))
     killable, back = _kept("/proc/self/oom_score_adj"), _kept(home + "/cgroup.procs")
     try:
         os.pwrite(killable, b"0", 0)
         write_file(cgroup + "/cgroup.procs", "0")
-        yield
+        return how(*call)
     finally:
         os.pwrite(back, b"0", 0)
         os.pwrite(killable, b"-1000", 0)
@@ -131,38 +145,27 @@ def _kept(path: str) -> int:
     return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
-@contextlib.contextmanager
-def _acting_as(account: Account | None) -> Iterator[None]:
-    """Be a user for whom a program is executed, able to return: the saved ids stay root's.
+def _act_as(account: Account | None) -> bool:
+    """Be a user for whom a program is executed; whether that has to be undone.
 
-    The program gets no saved ids of root: execve copies the effective ones (credentials(7)).
+    Undoing is possible: the saved ids stay root's. The program gets none of root's: execve copies
+    the effective ones (credentials(7)).
     """
     if account is None or account[1] == 0 or os.geteuid() != 0:
-        yield
-        return
+        return False
     os.setgroups(account[4])
     os.setresgid(account[2], account[2], 0)
     os.setresuid(account[1], account[1], 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-        os.setresgid(0, 0, 0)
-        os.setgroups([0])
+    return True
 
 
-@contextlib.contextmanager
-def _file_limit(size: int | None) -> Iterator[None]:
-    """Have a file size limit while a child is made that inherits it."""
+def _limit_files(size: int | None) -> tuple[int, int] | None:
+    """Have a file size limit that children inherit; the limit before, None without a new one."""
     if size is None:
-        yield
-        return
+        return None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return before
 
 
 def _cause(program: str, cwd: str, error: OSError) -> CannotStart:

@@ -25,8 +25,15 @@ LIMIT_PERIOD = 1.0
 #: Seconds from a task's end until its output is taken to be complete although somebody holds the
 #: other end of its pipe: possible only where there is no control group to kill everybody.
 DRAIN_PATIENCE = 1.0
-#: Seconds between attempts to remove a control group whose last processes are still dying.
+#: Seconds from a task's end until its control group is removed, and between attempts while its last
+#: processes are still dying. All that are over by then go together: one moment for each of them
+#: made the loop look at twenty, and removing each at once came in the way of the next command.
 CLEAN_PERIOD = 0.2
+#: Seconds from a start until its output is looked at, when the answer waits for the command's end.
+#: One that ends before that is looked at once, then: each end of a stream would wake the agent in
+#: the middle of the command's exit. Nothing is answered before `server.OUTPUT_PATIENCE` anyway; one
+#: that fills its pipe (64 KiB) earlier waits for this.
+FIRST_LOOK = 0.01
 #: Processes of one task unless it says otherwise: more than a large program needs, few enough
 #: that a fork bomb cannot take the pid table (32768) from the agent.
 DEFAULT_PROCESSES = 4096
@@ -48,6 +55,8 @@ class Task:
         self.cpu_seconds = cpu_seconds
         self.windows = {"stdout": Window(), "stderr": Window()}
         self.pipes: dict[str, int] = {}
+        #: Whether its pipes are looked at already.
+        self.heard = False
         self.stdin: int | None = None
         self.stdin_taken = 0
         #: Whoever waits for room in its input.
@@ -69,6 +78,8 @@ class TaskTable:
         #: Tasks whose number the host never learned; they are forgotten when they end.
         self.abandoned: set[int] = set()
         self._prepared: str | None = None
+        #: Control groups of tasks that have ended, to be removed.
+        self._left: list[str] = []
         self._loop = loop
         self._changed = changed
 
@@ -109,14 +120,17 @@ class TaskTable:
         except BaseException:
             for fd in outer:
                 os.close(fd)
-            self._remove_cgroup(task)
+            if cgroup:
+                self._leave_cgroup(cgroup)
             raise
         finally:
             for fd in inner:
                 os.close(fd)
         self.tasks[task.id] = task
-        for stream in task.windows:
-            self._watch(task, stream)
+        if asked.get("wait_seconds"):
+            self._loop.later(("look", task.id), FIRST_LOOK, lambda: self._listen(task))
+        else:
+            self._listen(task)
         pidfd = os.pidfd_open(task.pid)
         self._loop.watch(pidfd, READ, lambda events: self._exited(task, pidfd))
         if task.cpu_seconds and task.cgroup:
@@ -138,8 +152,7 @@ class TaskTable:
         """Drop all tasks that have ended, and what is left of them."""
         for task in list(self.tasks.values()):
             self.forget(task)
-            self._loop.forget(("cgroup", task.id))
-            self._remove_cgroup(task)
+        self._clean()
         self._prepare_ahead()
 
     def write_stdin(self, task: Task, offset: int, data: bytes) -> int:
@@ -237,16 +250,18 @@ class TaskTable:
             raise
         return path
 
-    def _remove_cgroup(self, task: Task) -> None:
-        if not task.cgroup:
-            return
-        try:
-            os.rmdir(task.cgroup)
-        except FileNotFoundError:
-            pass
-        except OSError:
-            self._loop.later(("cgroup", task.id), CLEAN_PERIOD,
-                             lambda: self._remove_cgroup(task))
+    def _leave_cgroup(self, path: str) -> None:
+        if not self._left:
+            self._loop.later("clean", CLEAN_PERIOD, self._clean)
+        self._left.append(path)
+
+    def _clean(self) -> None:
+        """Remove the control groups that are over, but those whose last processes still die."""
+        self._left = [path for path in self._left if not _removed(path)]
+        if self._left:
+            self._loop.later("clean", CLEAN_PERIOD, self._clean)
+        else:
+            self._loop.forget("clean")
 
     def _signal_tree(self, task: Task, number: int) -> None:
         if task.cgroup and number == signal.SIGKILL:
@@ -259,6 +274,11 @@ class TaskTable:
                 os.killpg(task.pid, number)
             except (ProcessLookupError, PermissionError):
                 pass
+
+    def _listen(self, task: Task) -> None:
+        task.heard = True
+        for stream in task.pipes:
+            self._watch(task, stream)
 
     def _watch(self, task: Task, stream: str) -> None:
         fd = task.pipes[stream]
@@ -278,6 +298,15 @@ class TaskTable:
             self._changed()
         else:
             self._end_stream(task, stream)
+
+    def _drain_whole(self, task: Task, stream: str) -> None:
+        """Go on until there is no more, or no room for it: whoever wrote it has ended."""
+        window = task.windows[stream]
+        while stream in task.pipes and window.room > 0:
+            before = window.end
+            self._drain(task, stream)
+            if window.end == before:
+                return
 
     def _end_stream(self, task: Task, stream: str) -> None:
         fd = task.pipes.pop(stream)
@@ -301,9 +330,14 @@ class TaskTable:
             "rusage": dict(zip(RUSAGE_FIELDS, usage, strict=False)),
         }
         self.close_stdin(task)
-        if not task.pipes:
+        if not task.heard:
+            self._loop.forget(("look", task.id))
+            self._listen(task)
+            for stream in list(task.pipes):
+                self._drain_whole(task, stream)
+        elif not task.pipes:
             self._finish(task)
-        else:
+        if task.pipes:
             self._loop.later(("drain", task.id), DRAIN_PATIENCE, lambda: self._abandon(task))
 
     def _abandon(self, task: Task) -> None:
@@ -327,8 +361,7 @@ class TaskTable:
             facts["cpu_seconds"] = _cpu_seconds(task.cgroup)
             facts["oom_kills"] = read_counters(task.cgroup + "/memory.events").get("oom_kill", 0)
             facts["memory_peak_bytes"] = int(read_file(task.cgroup + "/memory.peak") or 0)
-            # After the answer: it takes 1 ms, and its last processes may still be dying.
-            self._loop.later(("cgroup", task.id), CLEAN_PERIOD, lambda: self._remove_cgroup(task))
+            self._leave_cgroup(task.cgroup)
         if task.ended_by is None and facts["oom_kills"] and task.exit["signal"] == signal.SIGKILL:
             task.ended_by = "out-of-memory"
         if task.ended_by is None and self._spent(task, facts["cpu_seconds"]):
@@ -359,6 +392,16 @@ class TaskTable:
 def _nothing() -> int:
     """The input of commands that get none."""
     return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _removed(cgroup: str) -> bool:
+    try:
+        os.rmdir(cgroup)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def _cpu_seconds(cgroup: str) -> float:

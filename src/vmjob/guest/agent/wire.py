@@ -125,3 +125,8 @@ def response_head(status: int, fields: dict[str, str]) -> bytes:
     """The head of a response, with its empty line."""
     first = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
     return "\r\n".join([first, *(f"{k}: {v}" for k, v in fields.items()), "", ""]).encode("ascii")
+
+
+def plain_head(length: int) -> bytes:
+    """`response_head` of what is 200 and says its length only: before every news of a command."""
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % length

@@ -173,7 +173,7 @@ FORWARD = Table("[[forward]]", Forward, (
 
 HARDWARE = Table("[hardware]", Hardware, (
     Key("disk", Kind.PATH, "the job's own disk image, booted instead of a vmjob image"),
-    Key("iso", Kind.PATH, "the same on a CD"),
+    Key("iso", Kind.PATH, "a CD, which is booted where there is no disk"),
     Key("iso_first", Kind.BOOLEAN, "both, the CD first"),
     Key("cache_disk", Kind.PATH, "a second disk"),
     Key("mailbox", Kind.RAW, "what the first half of a 28 KiB floppy disk holds", empty=True),

@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import replace
 from typing import Any
 
+from vmjob.job.files import FOLDER_NAME, FOLDER_NAMES
 from vmjob.job.model import Job, Task
 from vmjob.job.reading import Finding, Level, Reading, Surroundings
 from vmjob.job.toml.keys import JOB, Key, Kind, Table
@@ -163,6 +164,10 @@ def _record(desk: Desk, table: Table, content: dict[str, Any], path: KeyPath) ->
         except Unfit as unfit:
             desk.say(Level.ERROR, (*path, "name"), "wrong-value", f"{title(path)}: {unfit.args[0]}",
                      "Say the destination.")
+    if table.title == "[[folder]]" and not FOLDER_NAME.fullmatch(given.get("name", "x")):
+        desk.say(Level.ERROR, (*path, "name"), "wrong-value",
+                 f"{title(path)}: {given['name']!r} is no name of a folder",
+                 f"A name: {FOLDER_NAMES}.")
     if desk.errors > before:
         return None
     return table.record(**given)

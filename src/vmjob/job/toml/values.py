@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vmjob.errors import BadPath
-from vmjob.job.files import Input, Output, check_guest_path
+from vmjob.job.files import Input, Output, check_guest_path, exists
 from vmjob.job.reading import Finding, Level
 from vmjob.job.toml.keys import SECONDS, SIZES, Key, Kind
 from vmjob.job.toml.lines import KeyPath
@@ -222,16 +222,9 @@ def _input(desk: Desk, key: Key, value: Any, path: KeyPath) -> Input:
     source = desk.directory / text
     if not text or destination.endswith("/"):
         destination += source.name
-    if not _exists(source):
+    if not exists(source):
         desk.say(Level.WARNING, path, "input-missing", f"there is no {str(source)!r} so far")
     return Input(source, check_destination(destination or source.name))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long a name, or not ours to look for
-        return False
 
 
 def _outputs(desk: Desk, key: Key, value: Any, path: KeyPath) -> tuple[Output, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from vmjob.errors import (
     WrongState,
 )
 from vmjob.guest.agent.wire import LANES
+from vmjob.home import remove_tree
 from vmjob.host.guard import guarded
 from vmjob.machine.contract import (
     Capabilities,
@@ -61,8 +61,8 @@ class FakeDriver:
         self._faults = faults or Faults()
 
     async def create(self, spec: MachineSpec) -> FakeMachine:
-        if spec.foreign is not None:
-            raise NotSupported("the fake driver boots no disks")
+        if spec.foreign is not None or spec.attached is not None:
+            raise NotSupported("the fake driver has no disks of its user's")
         if spec.template is not None and not is_frozen(spec.template):
             raise TemplateUnusable("the fake machine's memory is not what it was")
         machine = FakeMachine(spec, self._faults)
@@ -194,7 +194,7 @@ class FakeMachine:
                 await self.stop()
             finally:
                 self._screen.close()
-                shutil.rmtree(self.spec.directory, ignore_errors=True)
+                remove_tree(self.spec.directory)
                 self._status = Status.DESTROYED
 
     def get_status(self) -> Status:
@@ -212,6 +212,10 @@ class FakeMachine:
         return {"hypervisor": "fake", "version": None, "accelerator": "none",
                 "memory_mb": self.spec.memory_mb, "cpus": self.spec.cpus,
                 "disk_gb": self.spec.disk_gb, "network": self.spec.network}
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def pid(self) -> int | None:

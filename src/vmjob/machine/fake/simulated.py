@@ -16,7 +16,6 @@ import asyncio
 import errno
 import hashlib
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +38,7 @@ from vmjob.errors import (
     WrongState,
 )
 from vmjob.guest.agent.wire import LANES
+from vmjob.home import remove_tree
 from vmjob.machine.contract import (
     Capabilities,
     Checkpoint,
@@ -114,8 +114,8 @@ class SimulatedDriver:
         self._steps = steps
 
     async def create(self, spec: MachineSpec) -> SimulatedMachine:
-        if spec.foreign is not None:
-            raise NotSupported("the simulated driver boots no disks")
+        if spec.foreign is not None or spec.attached is not None:
+            raise NotSupported("the simulated driver has no disks of its user's")
         machine = SimulatedMachine(spec, self.faults, self._tick, self._steps)
         if spec.saved is not None:
             _state(spec.saved)
@@ -270,7 +270,7 @@ class SimulatedMachine:
     async def destroy(self) -> None:
         with anyio.CancelScope(shield=True):
             await self.stop()
-            shutil.rmtree(self.spec.directory, ignore_errors=True)
+            remove_tree(self.spec.directory)
             self._status = Status.DESTROYED
 
     def get_status(self) -> Status:

@@ -8,13 +8,11 @@ same: this boot of the computer, this QEMU, this device.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -25,10 +23,12 @@ from vmjob.home import Home, locked
 from vmjob.host.facts import boot_id, device_identity
 from vmjob.host.guard import guarded
 from vmjob.host.standstill import run_tool
+from vmjob.machine import proofs
 from vmjob.machine.contract import BootParts
+from vmjob.machine.proofs import Proof, remember, remembered
 from vmjob.machine.qemu import argv, programs
 
-__all__ = ["Proof", "candidates", "choose", "doubt", "prove"]
+__all__ = ["Proof", "candidates", "choose", "prove"]
 
 #: Seconds for the probe's boot: with working hardware support it takes well under one, and an
 #: accelerator that needs this long is not worth using.
@@ -39,18 +39,6 @@ TCG_DEADLINE = 120.0
 PROBE_PROOF = b"vmjob-probe: ok"
 PROBE_ARGUMENT = "vmjob.probe"
 PROBE_MEMORY_MB = 128
-#: Causes of failed starts that are remembered.
-MOST_DOUBTS = 20
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Whether an accelerator works, and how that is known; ``seconds`` the probe took."""
-
-    accelerator: str
-    works: bool
-    why: str
-    seconds: float = 0.0
 
 
 def candidates() -> list[str]:
@@ -79,16 +67,16 @@ async def prove(home: Home, accelerator: str, boot: BootParts, *, fresh: bool = 
     binary = programs.find(programs.system_binary())
     ground = "|".join((boot_id(), programs.identity(binary), str(device_identity("/dev/kvm")),
                        accelerator))
-    path = home.cache / f"accelerator-{accelerator}.json"
-    if not fresh and (known := _remembered(path, ground, accelerator)):
+    path = proofs.place(home, accelerator)
+    if not fresh and (known := remembered(path, ground, accelerator)):
         return known
 
     def probe() -> Proof:
         with locked(home.locks / f"probe-{accelerator}", wait=True, what="the probe"):
-            if not fresh and (other := _remembered(path, ground, accelerator)):
+            if not fresh and (other := remembered(path, ground, accelerator)):
                 return other
             found = _boot(binary, accelerator, boot)
-            _remember(path, ground, found)
+            remember(path, ground, found)
             return found
 
     return await anyio.to_thread.run_sync(probe)
@@ -100,7 +88,7 @@ async def choose(home: Home, wanted: str, boot: BootParts,
 
     TCG is taken without a probe: it needs nothing of the computer, and there is nothing
     below it. ``allowed``: no other than these; None: any. Raises `AcceleratorUnusable` when
-    ``wanted`` does not work, or nothing that is allowed does.
+    ``wanted`` does not work, or nothing that is allowed does; `ProgramMissing`.
     """
     if allowed is not None and wanted not in ("auto", *allowed):
         raise AcceleratorUnusable(f"{wanted} is not allowed here",
@@ -119,6 +107,7 @@ async def choose(home: Home, wanted: str, boot: BootParts,
         if allowed is not None and name not in allowed:
             continue
         if name == "tcg":
+            programs.find(programs.system_binary())  # else another hypervisor may run the job
             return Proof("tcg", True, "no hardware accelerator works here")
         proof = await prove(home, name, boot)
         if proof.works:
@@ -172,44 +161,3 @@ def _boot(binary: str, accelerator: str, boot: BootParts) -> Proof:
     else:
         why = f"a Linux kernel did not boot (QEMU ended with status {code})"
     return Proof(accelerator, False, why, spent)
-
-
-def doubt(home: Home, accelerator: str, cause: str) -> None:
-    """A real start failed with ``cause``: prove the accelerator again, once for each cause."""
-    if accelerator == "tcg":
-        return
-    path = home.cache / f"accelerator-{accelerator}.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        doubts = content.get("doubts", [])
-        if not content["works"] or cause in doubts:
-            return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # it will be proved in any case
-    _write(path, {**content, "ground": "doubted", "doubts": [*doubts[-MOST_DOUBTS:], cause]})
-
-
-def _remembered(path: Path, ground: str, accelerator: str) -> Proof | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["ground"] == ground:
-            return Proof(accelerator, bool(content["works"]), str(content["why"]),
-                         float(content["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no proof, or a damaged one: prove again
-    return None
-
-
-def _remember(path: Path, ground: str, proof: Proof) -> None:
-    try:
-        doubts = json.loads(path.read_text(encoding="utf-8")).get("doubts", [])
-    except (OSError, ValueError, AttributeError):
-        doubts = []
-    _write(path, {"ground": ground, "works": proof.works, "why": proof.why,
-                  "seconds": proof.seconds, "doubts": doubts})
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(path)

@@ -12,7 +12,7 @@ from typing import Any
 from vmjob.errors import UsageError
 from vmjob.guest.agent.wire import LANES, PORT_PREFIX
 from vmjob.machine.contract import BootParts, MachineSpec
-from vmjob.machine.qemu.foreign import Media
+from vmjob.machine.qemu.foreign import Disk, Media
 
 __all__ = ["CACHE_FILE", "DISK", "MACHINE", "MEMORY_FILE", "NETWORK", "Descriptors", "command_line",
            "cpu_model", "kernel_arguments", "layer", "machine_type", "overlay_command"]
@@ -54,10 +54,15 @@ CPU_MODELS = {"tcg": "max,erms=off,fsrm=off", "kvm": "host", "hvf": "host", "whp
 
 #: QEMU's name for the machine's network.
 NETWORK = "net0"
-#: Node name of the machine's writable disk, of a second one, and of a CD.
+#: Node name of the machine's writable disk, of a second one, of a CD, and of the first of a user's
+#: disks in a machine that boots an image.
 DISK = "scratch"
 CACHE = "cache"
 CD = "cd"
+ATTACHED = "attached"
+#: Programs of a Linux before 2013 ask the kernel for the time in a way that Debian's lets be a
+#: fault by default.
+ATTACHED_KERNEL_ARGUMENTS = ("vsyscall=xonly",)
 #: The guest's memory, in the directory of a machine that is to be frozen.
 MEMORY_FILE = "memory"
 #: What is written to a foreign machine's second disk, likewise.
@@ -116,7 +121,8 @@ def kernel_arguments(spec: MachineSpec) -> str:
     network = ("vmjob.net=nat",) if spec.network == "nat" else ()
     emulated = TCG_KERNEL_ARGUMENTS if spec.accelerator == "tcg" else ()
     common = DISPLAY_KERNEL_ARGUMENTS if spec.display else KERNEL_ARGUMENTS
-    return " ".join((*common, *emulated, *network))
+    old = ATTACHED_KERNEL_ARGUMENTS if spec.attached is not None else ()
+    return " ".join((*common, *emulated, *network, *old))
 
 
 def layer(name: str, path: str, driver: str, *, read_only: bool,
@@ -162,6 +168,21 @@ def _writable(base: str, kind: str, overlay: Path, fds: Descriptors) -> list[str
         layers += _layer(name, f"/proc/self/fd/{fd}", "qcow2", read_only=True, backing=below)
         below = name
     return [*layers, *_layer(DISK, str(overlay), "qcow2", read_only=False, backing=below)]
+
+
+def _attached(disks: Mapping[str, Disk]) -> list[str]:
+    """A user's disks besides the machine's own, by the fields of `Attached`.
+
+    A VDI is given to the guest as it is: QEMU's driver for it would forbid checkpoints. After all
+    others, so that they are what they are without these.
+    """
+    words: list[str] = []
+    for part, disk in disks.items():
+        name = f"{ATTACHED}-{part}"
+        driver, shown = ("raw", "vdi") if disk.format == "vdi" else (disk.format, "raw")
+        words += [*_layer(name, str(disk.path), driver, read_only=True), "-device",
+                  f"virtio-blk-pci,drive={name},id={name}-disk,serial=vmjob-{part}-{shown}"]
+    return words
 
 
 def _foreign(media: Media, overlay: Path, fds: Descriptors) -> list[str]:
@@ -231,8 +252,12 @@ def _network(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 
 def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors,
-                 media: Media | None = None) -> list[str]:
-    """The whole command line of a machine; ``media`` of one that boots what its user brings."""
+                 media: Media | None = None,
+                 attached: Mapping[str, Disk] | None = None) -> list[str]:
+    """The whole command line of a machine; ``media`` of one that boots what its user brings.
+
+    ``attached``: the disks of its user's that it has besides its own.
+    """
     accelerator = "tcg,thread=multi" if spec.accelerator == "tcg" else spec.accelerator
     option, backend = _memory(spec, overlay, fds)
     return [
@@ -246,6 +271,7 @@ def command_line(binary: str, spec: MachineSpec, overlay: Path, fds: Descriptors
         "-mon", "chardev=monitor,mode=control",
         "-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console",
         *(_foreign(media, overlay, fds) if media else _own(spec, overlay, fds)),
+        *_attached(attached or {}),
         "-object", "rng-random,id=rng0,filename=/dev/urandom",
         "-device", "virtio-rng-pci,rng=rng0",
         *_network(spec, fds),

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -34,10 +33,12 @@ from vmjob.errors import (
     WrongState,
 )
 from vmjob.guest.agent.wire import LANES
+from vmjob.home import remove_tree
 from vmjob.host.facts import processor
 from vmjob.host.guard import guarded
 from vmjob.host.priority import set_processor_priority
 from vmjob.host.unbroken import unbroken
+from vmjob.machine.console import Console
 from vmjob.machine.contract import (
     TEMPLATE_DISK_GB,
     BootParts,
@@ -51,9 +52,8 @@ from vmjob.machine.contract import (
     Status,
 )
 from vmjob.machine.qemu import argv, frozen, programs
-from vmjob.machine.qemu.console import Console
 from vmjob.machine.qemu.display import Display
-from vmjob.machine.qemu.foreign import Media, look_at
+from vmjob.machine.qemu.foreign import Disk, Media, look_at, look_at_attached
 from vmjob.machine.qemu.forwards import Forwards
 from vmjob.machine.qemu.monitor import Monitor
 from vmjob.machine.qemu.traffic import Traffic
@@ -82,20 +82,24 @@ class QemuDriver:
     name = "qemu"
     capabilities = Capabilities(suspend=True, checkpoint=True,
                                 networks=frozenset({"none", "nat"}), console=True, templates=True,
-                                isolated=True, display=True, foreign=True, forwards=True)
+                                isolated=True, display=True, foreign=True, forwards=True,
+                                attached=True,
+                                kept_foreign=frozenset({"raw", "qcow2"}))
 
     async def create(self, spec: MachineSpec) -> QemuMachine:
         """Make the machine's overlay; nothing runs yet."""
         if spec.saved is not None:
             from vmjob.machine.qemu import saving  # not at start-up: most machines never need it
 
-            boot, foreign = saving.source(spec.saved)
-            spec = replace(spec, template=None, boot=boot, foreign=foreign)
+            boot, foreign, attached = saving.source(spec.saved)
+            spec = replace(spec, template=None, boot=boot, foreign=foreign, attached=attached)
         machine = QemuMachine(spec)
         if spec.foreign is not None:
             await machine.make_foreign_disks()
         elif spec.boot is None:
             raise WrongState("a QEMU machine needs an image")
+        elif spec.attached is not None:
+            await machine.make_disk_beside_attached()
         elif spec.template is not None:
             frozen.copy_blank(spec.template, machine.overlay)
         else:
@@ -107,7 +111,7 @@ class QemuDriver:
         binary = programs.find(programs.system_binary())
         nowhere = Path("/")
         shape = replace(spec, id="", directory=nowhere, template=None, saved=None, freezable=False,
-                        disk_gb=0,
+                        attached=None, disk_gb=0,
                         boot=BootParts("", nowhere, nowhere, nowhere, nowhere))
         none = argv.Descriptors(-1, -1, dict.fromkeys(LANES, -1))
         found = {"argv": argv.command_line(binary, shape, nowhere, none),
@@ -144,6 +148,7 @@ class QemuMachine:
         self._forwards: Forwards | None = None
         self._display: Display | None = None
         self._media: Media | None = None
+        self._attached: dict[str, Disk] = {}
         self._saver: saving.Saver | None = None
         self._traffic: Traffic | None = None
 
@@ -185,11 +190,12 @@ class QemuMachine:
                 inherited += [fd for fd in (source.memory, *source.layers) if fd is not None]
             if isinstance(source, frozen.Opened):
                 inherited.append(source.devices)
-            command = argv.command_line(binary, self.spec, self.overlay, fds, self._media)
+            command = argv.command_line(binary, self.spec, self.overlay, fds, self._media,
+                                        self._attached)
             self._keep("argv.json", json.dumps(command, indent=1))
             await self._spawn(command, inherited)
             if self._traffic:
-                self._traffic.begin()
+                self._traffic.given()
         except BaseException:
             for sock in ours.values():
                 sock.close()
@@ -401,8 +407,7 @@ class QemuMachine:
             try:
                 await self.stop()
             finally:
-                await anyio.to_thread.run_sync(
-                    lambda: shutil.rmtree(self.spec.directory, ignore_errors=True))
+                await anyio.to_thread.run_sync(remove_tree, self.spec.directory)
                 self._status = Status.DESTROYED
 
     def get_status(self) -> Status:
@@ -439,6 +444,17 @@ class QemuMachine:
                 await anyio.to_thread.run_sync(
                     frozen.make_disk, self.overlay.with_name(name), disk.size)
 
+    async def make_disk_beside_attached(self) -> None:
+        """Make the overlay of a machine that has disks of its user's besides."""
+        if self.spec.template is not None or self.spec.freezable:
+            raise WrongState("a machine with its user's disks is no template, nor a copy")
+        await self._look_at_disks()
+        await anyio.to_thread.run_sync(frozen.make_disk, self.overlay, self.spec.disk_gb * GIB)
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        return "console.log", "qemu.log", "argv.json", "qmp.json"
+
     @property
     def pid(self) -> int | None:
         """Process id of QEMU, while it runs."""
@@ -462,9 +478,13 @@ class QemuMachine:
         return self._monitor
 
     async def _look_at_disks(self) -> Media | None:
-        if self.spec.foreign is not None:
+        if self.spec.foreign is not None or self.spec.attached is not None:
             try:
-                self._media = await anyio.to_thread.run_sync(look_at, self.spec.foreign)
+                if self.spec.foreign is not None:
+                    self._media = await anyio.to_thread.run_sync(look_at, self.spec.foreign)
+                elif self.spec.attached is not None:
+                    self._attached = await anyio.to_thread.run_sync(look_at_attached,
+                                                                    self.spec.attached)
             except DiskUnusable as error:
                 if self.spec.saved is None:
                     raise

@@ -7,18 +7,15 @@ when it has opened a port.
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Collection
 
-from vmjob.errors import MachineError, PortTaken, UsageError
+from vmjob.errors import MachineError, PortTaken
+from vmjob.machine.ports import EVERYWHERE, LOOPBACK, check_ports, why_not
 from vmjob.machine.qemu.argv import NETWORK
 from vmjob.machine.qemu.monitor import Monitor
 
 __all__ = ["Forwards", "new_port", "rule"]
 
-LOOPBACK = "127.0.0.1"
-#: Of this computer: QEMU's network speaks IPv4 only.
-EVERYWHERE = ""
 _OPEN = re.compile(r"TCP\[HOST_FORWARD\] +\d+ +(\S+) +(\d+) +\S+ +(\d+)")
 
 
@@ -72,22 +69,3 @@ class Forwards:
     async def _ask(self, line: str) -> str:
         answer = await self._monitor.execute("human-monitor-command", **{"command-line": line})
         return str(answer).strip()
-
-
-def check_ports(host_port: int, guest_port: int) -> None:
-    """Raise `UsageError` for numbers that are no TCP ports."""
-    if not 0 <= host_port <= 65535 or not 1 <= guest_port <= 65535:
-        raise UsageError(f"{host_port}:{guest_port} are not two TCP ports")
-
-
-def why_not(address: str, port: int) -> str:
-    """Why a port cannot be had, which QEMU does not say: the kernel is asked again."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except PermissionError:
-            return f"this user may not open port {port} of this computer"
-        except OSError:
-            pass
-    return f"port {port} of this computer is in use"

@@ -17,7 +17,7 @@ from vmjob.errors import MachineError
 from vmjob.machine.qemu import argv, frozen
 from vmjob.machine.qemu.monitor import Monitor
 
-__all__ = ["MAX_LAYERS", "first_to_merge", "merge"]
+__all__ = ["MAX_LAYERS", "first_to_merge", "merge", "pull"]
 
 #: Layers that checkpoints add before some are merged.
 MAX_LAYERS = 8
@@ -28,8 +28,9 @@ WORTH = 2
 DEADLINE = 600.0
 #: Seconds between looks at QEMU's progress.
 PERIOD = 0.05
-#: What QEMU may copy in a second, bytes: the guest needs the disk as well.
-SPEED = 50 << 20
+#: What QEMU may copy in a second, bytes: the guest needs the disk as well. A whole disk is copied
+#: once, and what is empty of it counts.
+SPEED, SPEED_OF_ALL = 50 << 20, 500 << 20
 
 
 def first_to_merge(sizes: list[int]) -> int | None:
@@ -46,13 +47,13 @@ def first_to_merge(sizes: list[int]) -> int | None:
     return first
 
 
-async def merge(monitor: Monitor, layers: list[str], below: str, above: tuple[str, Path],
+async def merge(monitor: Monitor, layers: list[str], below: str | None, above: tuple[str, Path],
                 merged: tuple[str, Path], size: int) -> None:
     """Make ``merged`` (its node, its file) of the nodes ``layers``, lowest first.
 
-    ``below`` is the node that the lowest lies on; ``above`` is the one on the highest, with its
-    file; ``size`` of the disk in bytes. All but ``merged`` and those two are then gone from QEMU.
-    When it fails, or is cancelled, everything is as it was. Raises `MachineError`, `OSError`.
+    ``below`` is the node that the lowest lies on, if any; ``above`` is the one on the highest, with
+    its file; ``size`` of the disk in bytes. All but ``merged`` and those two are then gone from
+    QEMU. When it fails, or is cancelled, everything is as it was. Raises `MachineError`, `OSError`.
     """
     node, path = merged
     await anyio.to_thread.run_sync(frozen.make_disk, path, size)
@@ -61,9 +62,7 @@ async def merge(monitor: Monitor, layers: list[str], below: str, above: tuple[st
     try:
         for options in nodes:
             await monitor.execute("blockdev-add", **options)
-        await monitor.execute("block-stream", **{"job-id": node, "device": node,
-                                                 "base-node": below, "speed": SPEED})
-        await _finished(monitor, node)
+        await _stream(monitor, node, SPEED, below)
         # Read-only from now on: what a checkpoint needs is never written again.
         for which, where, backing in ((node, path, below), (above[0], above[1], node)):
             _, wanted = argv.layer(which, str(where), "qcow2", read_only=which == node,
@@ -73,9 +72,37 @@ async def merge(monitor: Monitor, layers: list[str], below: str, above: tuple[st
     finally:
         if not placed:
             with anyio.CancelScope(shield=True):
-                await _undo(monitor, node, path)
+                await _stop(monitor, node)
+                await _forget(monitor, node)
+                path.unlink(missing_ok=True)
     for each in reversed(layers):
         await _forget(monitor, each)
+
+
+async def pull(monitor: Monitor, node: str, below: str) -> None:
+    """Copy what a layer lies on into it, while the guest writes there; it then lies on nothing.
+
+    When it fails, or is cancelled, another one begins where this one ended. Raises `MachineError`.
+    """
+    over = False
+    try:
+        await _stream(monitor, node, SPEED_OF_ALL)
+        over = True
+    finally:
+        if not over:
+            with anyio.CancelScope(shield=True):
+                await _stop(monitor, node)
+    await monitor.execute("blockdev-del", **{"node-name": below})  # else it forbids checkpoints
+    await _forget(monitor, below)
+
+
+async def _stream(monitor: Monitor, node: str, speed: int, base: str | None = None) -> None:
+    """Copy what lies below a node into it, down to ``base``; raises `MachineError`."""
+    more = {} if base is None else {"base-node": base}
+    # A job that is dismissed by itself takes its error along.
+    await monitor.execute("block-stream", **{"job-id": node, "device": node, "speed": speed,
+                                             "auto-dismiss": False, **more})
+    await _finished(monitor, node)
 
 
 async def _finished(monitor: Monitor, job: str) -> None:
@@ -86,19 +113,20 @@ async def _finished(monitor: Monitor, job: str) -> None:
             mine = [each for each in jobs if each.get("id") == job]
             if not mine:
                 return
-            if error := mine[0].get("error"):
-                raise MachineError(f"QEMU could not merge layers of a disk: {error}")
+            if mine[0].get("status") == "concluded":
+                await monitor.execute("job-dismiss", id=job)
+                if error := mine[0].get("error"):
+                    raise MachineError(f"QEMU could not copy layers of a disk: {error}")
+                return
             await anyio.sleep(PERIOD)
-    raise MachineError("QEMU did not merge layers of a disk in time")
+    raise MachineError("QEMU did not copy layers of a disk in time")
 
 
-async def _undo(monitor: Monitor, node: str, path: Path) -> None:
+async def _stop(monitor: Monitor, job: str) -> None:
     with contextlib.suppress(MachineError):
-        await monitor.execute("job-cancel", id=node)
+        await monitor.execute("job-cancel", id=job)
     with contextlib.suppress(MachineError):
-        await _finished(monitor, node)
-    await _forget(monitor, node)
-    path.unlink(missing_ok=True)
+        await _finished(monitor, job)
 
 
 async def _forget(monitor: Monitor, node: str) -> None:

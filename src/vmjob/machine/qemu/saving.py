@@ -2,7 +2,9 @@
 
     root, base, memory, layer0...   of the image and the template: links, or copies where the
                                     checkpoint is on another file system
-    base, cd                        of what the user brought instead, likewise
+    base, cd                        of what the user brought instead, likewise; in place of a VDI,
+                                    whose content is then in the lowest layer, an empty disk
+    attached-disk...                of what the user brought besides, likewise
     NAME.pages, NAME.index          memory (see `pages`)
     NAME.devices                    the state of all devices
     NAME.disk, NAME.merged          layers of the machine's disk: one per checkpoint; several
@@ -16,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import socket
 import sys
 import zlib
@@ -38,7 +39,15 @@ from vmjob.errors import (
     NotSupported,
 )
 from vmjob.host.priority import lower_disk_priority
-from vmjob.machine.contract import BootParts, Checkpoint, Foreign, MachineSpec, Saved
+from vmjob.machine.contract import (
+    Attached,
+    BootParts,
+    Checkpoint,
+    Foreign,
+    MachineSpec,
+    Saved,
+)
+from vmjob.machine.links import attached_in, link_attached, link_or_copy
 from vmjob.machine.qemu import argv, frozen, merging
 from vmjob.machine.qemu import foreign as media
 from vmjob.machine.qemu.monitor import Monitor
@@ -64,7 +73,7 @@ class _State(msgspec.Struct):
     """`Checkpoint.state`: names in the checkpoint directory; layers lowest first.
 
     ``root`` is None for a machine that booted from its user's disk; ``cd`` and ``cd_first`` are of
-    such a one.
+    such a one. ``attached``: what the machine has of its user's besides, by `Attached`'s fields.
     """
 
     format: int
@@ -78,10 +87,13 @@ class _State(msgspec.Struct):
     devices: str
     cd: str | None = None
     cd_first: bool = False
+    #: None: nothing; so said those who knew of one disk only.
+    attached: dict[str, str] | None = None
 
     def files(self) -> tuple[str, ...]:
         fixed = [name for name in (self.root, self.base, self.cd, self.memory) if name]
-        return (*fixed, *self.layers, *self.pages, self.index, self.devices)
+        return (*fixed, *(self.attached or {}).values(), *self.layers, *self.pages, self.index,
+                self.devices)
 
 
 class Saver:
@@ -101,6 +113,8 @@ class Saver:
         self._left: list[Path] = []
         #: A merged layer that is not there yet either: whoever tidies up does not know it.
         self._merged: Path | None = None
+        #: The node that the lowest layer lies on.
+        self._lowest: str | None = "base"
         #: Node of each layer by name, while QEMU knows it.
         self._nodes: dict[str, str] = {}
         if spec.saved is not None:
@@ -124,6 +138,7 @@ class Saver:
                 raise CheckpointFailed(f"there is a checkpoint of the name {name} already")
             base = self._state
             if base is None:
+                await self._let_go_of_vdi(monitor)
                 base = await anyio.to_thread.run_sync(self._link_base, directory)
             # Not by the checkpoint's name: when it fails too late, its disk is in use all the same.
             self._disks += 1
@@ -195,7 +210,8 @@ class Saver:
         made = self._spec.directory / f"{merged}.qcow2"
         node = f"merged-{Path(old[-1]).stem}"
         await merging.merge(monitor, [self._nodes[name] for name in old],
-                            self._nodes[rest[-1]] if rest else "base", self._active, (node, made),
+                            self._nodes[rest[-1]] if rest else self._lowest, self._active,
+                            (node, made),
                             self._disk_bytes)
         self._merged = made
         for name in old:
@@ -220,32 +236,39 @@ class Saver:
         for options in argv.layer(node, str(path), "qcow2", read_only=False):
             await monitor.execute("blockdev-add", **options)
 
+    async def _let_go_of_vdi(self, monitor: Monitor) -> None:
+        """Copy a VDI that the machine boots: QEMU's driver for it forbids checkpoints."""
+        foreign = self._spec.foreign
+        if (foreign is not None and foreign.disk is not None and foreign.cache_disk is None
+                and self._lowest is not None and media.is_vdi(foreign.disk)):
+            await merging.pull(monitor, self._active[0], self._lowest)
+            self._lowest = None
+
     def _link_base(self, directory: Path) -> _State:
         """What every checkpoint of this machine needs, in its directory."""
         if self._spec.foreign:
             return self._link_foreign(self._spec.foreign, directory)
         assert self._spec.boot is not None
-        _link(self._spec.boot.root, directory / "root")
-        _link(self._spec.boot.scratch, directory / "base")
+        link_or_copy(self._spec.boot.root, directory / "root")
+        link_or_copy(self._spec.boot.scratch, directory / "base")
+        attached = link_attached(self._spec.attached, directory)
         memory, layers = None, []
         if self._spec.template is not None:
             memory, layers = "memory", [TEMPLATE_LAYER]
-            _link(self._spec.template / frozen.MEMORY, directory / "memory")
-            _link(self._spec.template / frozen.OVERLAY, directory / TEMPLATE_LAYER)
+            link_or_copy(self._spec.template / frozen.MEMORY, directory / "memory")
+            link_or_copy(self._spec.template / frozen.OVERLAY, directory / TEMPLATE_LAYER)
             self._nodes[TEMPLATE_LAYER] = "layer0"
-        return _State(FORMAT, "", "root", "base", memory, layers, [], "", "")
+        return _State(FORMAT, "", "root", "base", memory, layers, [], "", "", attached=attached)
 
     def _link_foreign(self, foreign: Foreign, directory: Path) -> _State:
         if foreign.disk is None or foreign.cache_disk is not None:
             raise NotSupported("only a machine with one disk can be kept in a checkpoint")
-        if media.is_vdi(foreign.disk):
-            # QEMU: "The vdi format used by node ... does not support live migration".
-            raise NotSupported("a machine whose disk is a VDI cannot be kept in a checkpoint",
-                               advice="`qemu-img convert -O qcow2 OLD NEW` makes a disk of it "
-                                      "that can.")
-        _link(foreign.disk.resolve(), directory / "base")
+        if self._lowest is None:
+            frozen.make_disk(directory / "base", self._disk_bytes)
+        else:
+            link_or_copy(foreign.disk.resolve(), directory / "base")
         if foreign.iso is not None:
-            _link(foreign.iso.resolve(), directory / "cd")
+            link_or_copy(foreign.iso.resolve(), directory / "cd")
         return _State(FORMAT, "", None, "base", None, [], [], "", "",
                       "cd" if foreign.iso else None, foreign.iso_first)
 
@@ -322,14 +345,18 @@ def feed(sock: socket.socket, pieces: Iterator[bytes]) -> None:
             sock.sendall(piece)
 
 
-def source(saved: Saved) -> tuple[BootParts | None, Foreign | None]:
-    """What the machine booted from, as a checkpoint keeps it: an image, or its user's disks."""
+def source(saved: Saved) -> tuple[BootParts | None, Foreign | None, Attached | None]:
+    """What the machine booted from, as a checkpoint keeps it: an image, or its user's disks.
+
+    Last: what a machine of an image has of its user's besides.
+    """
     state, directory = _state(saved), saved.directory
     if state.root is None:
         cd = directory / state.cd if state.cd else None
-        return None, Foreign(directory / state.base, cd, state.cd_first)
+        return None, Foreign(directory / state.base, cd, state.cd_first), None
     nowhere = Path("/")
-    return BootParts("", nowhere, nowhere, directory / state.root, directory / state.base), None
+    return (BootParts("", nowhere, nowhere, directory / state.root, directory / state.base), None,
+            attached_in(directory, state.attached))
 
 
 def _state(saved: Saved) -> _State:
@@ -363,21 +390,6 @@ def _quick_threads() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Another name for a file that never changes; a copy where that cannot be."""
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        beside = target.with_name(f"{target.name}.new")
-        try:
-            shutil.copyfile(source, beside)
-            beside.rename(target)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 async def _remove_disk(monitor: Monitor, node: str, path: Path) -> None:

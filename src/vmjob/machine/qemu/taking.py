@@ -101,11 +101,7 @@ class Taking:
         Raises `Missed`; then once more, without ``live``.
         """
         monitor = self._monitor
-        if (await monitor.execute("query-status"))["status"] == "postmigrate":
-            # Suspended since the checkpoint before: QEMU makes no second one in that state, which
-            # it leaves by no other way.
-            await monitor.execute("cont")
-            await monitor.execute("stop")
+        await self._leave_migration()
         monitor.forget_migration()
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
@@ -133,6 +129,24 @@ class Taking:
         self._go.set()
         if not await self._reaches("pre-switchover", FINISH):
             raise CheckpointFailed("QEMU did not write the machine's memory in time")
+
+    async def _leave_migration(self) -> None:
+        """Of a machine that stayed suspended: QEMU makes no second checkpoint in the state behind
+        one, which it leaves by no other way; and it comes there only a moment after the end.
+        """
+        try:
+            with anyio.fail_after(FINISH):
+                while (status := await self._status()) == "finish-migrate":  # noqa: ASYNC110
+                    await anyio.sleep(CLEAR_UP)
+                if status == "postmigrate":
+                    with anyio.CancelScope(shield=True):  # its user wants it to stand still
+                        await self._continue()
+                        await self._monitor.execute("stop")
+        except TimeoutError:
+            raise CheckpointFailed("QEMU does not end the checkpoint before") from None
+
+    async def _status(self) -> str:
+        return str((await self._monitor.execute("query-status"))["status"])
 
     async def _nearly_done(self) -> None:
         assert self._reading is not None
@@ -196,17 +210,21 @@ class Taking:
                 await self._read_all()
 
     async def _go_on(self) -> None:
-        """Let the guest run; QEMU refuses while it still clears up behind a migration."""
+        """Let the guest run, unless it is suspended."""
         with anyio.fail_after(FINISH):
-            while not self._suspended():
-                try:
-                    await self._monitor.execute("cont")
-                except MachineError as error:
-                    if "not finalized" not in error.message:
-                        raise
-                    await anyio.sleep(CLEAR_UP)
-                else:
-                    return
+            await self._continue(self._suspended)
+
+    async def _continue(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """QEMU refuses while it still clears up behind a migration."""
+        while not unless():
+            try:
+                await self._monitor.execute("cont")
+            except MachineError as error:
+                if "not finalized" not in error.message:
+                    raise
+                await anyio.sleep(CLEAR_UP)
+            else:
+                return
 
     async def _reaches(self, status: str, deadline: float) -> bool:
         """See `Monitor.migration_reaches`; what the reader failed of is the better story."""

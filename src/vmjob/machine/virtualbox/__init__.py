@@ -1,0 +1,1 @@
+"""The VirtualBox driver: machines as processes of VBoxHeadless, managed by VBoxManage."""
