@@ -6,14 +6,15 @@ import asyncio
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from vmjob.engine.record import Record
-from vmjob.engine.run import Request, run_job
+from vmjob.engine.request import Request
+from vmjob.engine.run import run_job
 from vmjob.grid.contract import Quiet
 from vmjob.home import Home
 from vmjob.job.files import Folder
 from vmjob.job.model import Job, Task
-from vmjob.machine.qemu.driver import QemuDriver
 from vmjob.shape import machine_shape
 
 MEMORY = 256
@@ -68,9 +69,10 @@ async def _one(home: Home, shared: Path, runs: int) -> tuple[list[float], list[f
     heard = _Heard()
     job = Job((Task(("python3", "-c", ANSWERING, str(runs)), cwd="shared"),), memory_mb=MEMORY,
               folders=(Folder("shared", shared, "shared"),))
-    shape, _, _ = await machine_shape(home, "default", "tcg", memory_mb=MEMORY, cpus=1,
-                                      disk_gb=job.disk_gb, network="none", cpu="host")
-    running = asyncio.ensure_future(run_job(home, Request(job, QemuDriver(), shape, {}), heard))
+    made = await machine_shape(home, "default", "tcg", memory_mb=MEMORY, cpus=1,
+                               disk_gb=job.disk_gb, network="none", cpu="host")
+    running = asyncio.ensure_future(
+        run_job(home, Request(job, made.driver, made.spec, {}), heard))
     there, back = [], []
     await _said(heard, running, "ready")
     for number in range(runs):
@@ -93,7 +95,8 @@ async def _one(home: Home, shared: Path, runs: int) -> tuple[list[float], list[f
 async def _said(heard: _Heard, running: asyncio.Future[Record], text: str) -> None:
     """Wait for a message of the job's; raises when it ends before."""
     getting = asyncio.ensure_future(heard.messages.get())
-    await asyncio.wait([getting, running], return_when=asyncio.FIRST_COMPLETED)
+    waited: list[asyncio.Future[Any]] = [getting, running]
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     if not getting.done() or getting.result() != text:
         getting.cancel()
         raise RuntimeError(f"the job did not say {text!r}")

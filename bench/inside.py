@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import psutil
 import vmjob
 from bench.starts import MEMORY
 from vmjob.home import Home
+from vmjob.machine.qemu.driver import QemuMachine
 
 #: Seconds for which idle machines are watched.
 WATCHED = 20.0
@@ -37,9 +39,9 @@ async def one_machine(home: Home, place: Path, runs: int, size: int) -> dict[str
     found: dict[str, float] = {}
     async with vmjob.AsyncMachine.create(memory_mb=MEMORY, accel="tcg", home=home.root) as machine:
         for name, command in (("exec", ["true"]), ("exec python", ["python3", "-c", "pass"])):
-            await repeated(lambda command=command: machine.run(command), 5)
-            found[f"{name} ms"] = await repeated(lambda command=command: machine.run(command),
-                                                 runs * 10)
+            run = functools.partial(machine.run, command)
+            await repeated(run, 5)
+            found[f"{name} ms"] = await repeated(run, runs * 10)
         found["ping ms"] = await repeated(machine.ping, 100)
         big = place / "big"
         block = os.urandom(1 << 20)
@@ -91,6 +93,15 @@ def private_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
+def process_of(machine: vmjob.AsyncMachine) -> int:
+    """Pid of the QEMU that is the machine."""
+    session = machine._session  # noqa: SLF001 - the API has no use for it
+    assert session is not None
+    assert isinstance(session.machine, QemuMachine)
+    assert session.machine.pid is not None
+    return session.machine.pid
+
+
 async def many_machines(home: Home, count: int, memory: int) -> dict[str, float]:
     """Start them one after another, keep them, look at what they cost."""
     found: dict[str, float] = {}
@@ -103,7 +114,7 @@ async def many_machines(home: Home, count: int, memory: int) -> dict[str, float]
             machines.append(await stack.enter_async_context(vmjob.AsyncMachine.create(
                 memory_mb=memory, accel="tcg", home=home.root)))
             times.append(time.perf_counter() - began)
-        pids = [machine._session.machine.pid for machine in machines]  # type: ignore[union-attr]  # noqa: SLF001
+        pids = [process_of(machine) for machine in machines]
         found[f"{count} machines: private MB each, started"] = statistics.median(
             map(private_mb, pids))
         tenth = max(1, count // 10)

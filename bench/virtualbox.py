@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -66,15 +67,15 @@ async def figures(home: Home, runs: int) -> dict[str, float]:
                     time.monotonic() - session.started)
                 times.setdefault("a copy, from the start until it runs", []).append(started[-1])
                 await timed("ping", machine.ping)
-                await timed("true", lambda machine=machine: machine.run(["true"]))
-                await timed("python3 -c", lambda machine=machine: machine.run(
-                    ["python3", "-c", "pass"]))
+                await timed("true", partial(machine.run, ["true"]))
+                await timed("python3 -c", partial(
+                    machine.run, ["python3", "-c", "pass"]))
                 await timed("suspend", machine.suspend)
                 await timed("resume", machine.resume)
                 await timed("checkpoint", machine.checkpoint)
-                await timed("put", lambda machine=machine: machine.put(place / "piece", "piece"))
+                await timed("put", partial(machine.put, place / "piece", "piece"))
                 (place / "got").unlink(missing_ok=True)
-                await timed("get", lambda machine=machine: machine.get("piece", place / "got"))
+                await timed("get", partial(machine.get, "piece", place / "got"))
     found = {f"VirtualBox {accel}: {what} s": statistics.median(each)
              for what, each in times.items()}
     for what in ("put", "get"):

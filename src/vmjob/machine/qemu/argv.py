@@ -49,8 +49,8 @@ DISPLAY = ("-device", "VGA,vgamem_mb=8", "-vnc", "none,password=on")
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 #: Host CPU for hardware accelerators; for TCG everything it can emulate, except ``rep movsb``
-#: being announced as fast: TCG runs it byte by byte, and copies are 3 times slower (measured). No
-#: fifth level of page tables and SMAP, for which it looks up the kernel's pages twice: 5 % of a
+#: being announced as fast: TCG runs it byte by byte, and copies are 3 times slower (measured). And
+#: except SMAP and a fifth level of page tables, which make looking up a page dearer: 5 % of a
 #: command (docs/decisions/008-guest-hardening.md).
 CPU_MODELS = {"tcg": "max,erms=off,fsrm=off,la57=off,smap=off", "kvm": "host", "hvf": "host",
               "whpx": "max"}
