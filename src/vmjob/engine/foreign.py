@@ -28,7 +28,7 @@ from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.ports import open_ports
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record
-from vmjob.engine.session import Place, beside, keep_report
+from vmjob.engine.session import Place, beside, keep_report, note_report
 from vmjob.engine.starting import end_error
 from vmjob.engine.system import MAILBOX, is_copied, needs
 from vmjob.engine.triggers import tell_run_time, tell_share
@@ -202,7 +202,7 @@ async def _machine(place: Place, request: Request, grid: Grid, life: Life,
             if request.keep is not None:
                 with anyio.CancelScope(shield=True):
                     await machine.stop()  # some logs are written then
-                error.context["kept"] = str(keep_report(machine, request.keep / name))
+                note_report(error, machine, request.keep / name)
             raise
         finally:
             with anyio.CancelScope(shield=True):

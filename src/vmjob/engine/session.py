@@ -184,7 +184,7 @@ async def _machine(driver: Driver, shape: MachineSpec, on_phase: Callable[[str],
                 keep_report(machine, keep / name)
         except VmjobError as error:
             if keep is not None:
-                error.context["kept"] = str(keep_report(machine, keep / name))
+                note_report(error, machine, keep / name)
             raise
         finally:
             await machine.destroy()
@@ -206,15 +206,22 @@ async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             await task
 
 
-def keep_report(machine: Machine, target: Path) -> Path:
-    """Copy the end of each of a machine's logs; what is not there is left out."""
-    target.mkdir(parents=True, exist_ok=True)
+def note_report(error: VmjobError, machine: Machine, target: Path) -> None:
+    """`keep_report`; the error says where, if there is anything."""
+    keep_report(machine, target)
+    if target.is_dir():
+        error.context["kept"] = str(target)
+
+
+def keep_report(machine: Machine, target: Path) -> None:
+    """Copy the end of each of a machine's logs; what is not there, or has no room, is left out."""
+    with contextlib.suppress(OSError):
+        target.mkdir(parents=True, exist_ok=True)
     for name in (*machine.logs, OWNER):
         source = machine.spec.directory / name
         with contextlib.suppress(OSError), source.open("rb") as log:
             log.seek(max(0, source.stat().st_size - REPORTED))
             (target / source.name).write_bytes(log.read(REPORTED))
-    return target
 
 
 def describe(session: Session) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from pathlib import Path
 
@@ -15,7 +16,8 @@ TAIL = 16 * 1024
 
 
 class Console:
-    """Reads ``sock`` in a task of its own; the first `MAX_FILE` bytes go to ``path``."""
+    """Reads ``sock`` in a task of its own; the first `MAX_FILE` bytes go to ``path``
+    while there is room."""
 
     def __init__(self, sock: socket.socket, path: Path) -> None:
         sock.setblocking(False)
@@ -26,8 +28,11 @@ class Console:
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        written = 0
-        with self._path.open("wb", buffering=0) as file:
+        room = MAX_FILE
+        with contextlib.ExitStack() as stack:
+            file = None
+            with contextlib.suppress(OSError):  # what is read is worth more than what is kept
+                file = stack.enter_context(self._path.open("wb", buffering=0))
             while True:
                 try:
                     data = await loop.sock_recv(self._sock, 65536)
@@ -35,10 +40,13 @@ class Console:
                     return
                 if not data:
                     return
-                if written < MAX_FILE:
-                    written += file.write(data[:MAX_FILE - written])
                 self._tail += data
                 del self._tail[:-TAIL]
+                if file is not None and room:
+                    try:
+                        room -= file.write(data[:room])
+                    except OSError:  # the disk is full: it is read on all the same
+                        room = 0
 
     def text(self) -> str:
         """The last output, without carriage returns and control characters."""

@@ -26,9 +26,12 @@ CD_MARKS = (b"CD001", b"BEA01")
 #: What no such program begins with.
 _TEXT = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:--|#|[A-Za-z]{3})")
 #: Formats that are not taken: they can name other files, or nobody has asked for them.
-REFUSED = {b"KDMV": "VMDK", b"COWD": "VMDK", b"# Disk Desc": "VMDK", b"vhdxfile": "VHDX",
-           b"conectix": "VHD", b"QED\0": "QED", b"LUKS\xba\xbe": "LUKS", b"WithoutFreeSpace": "HDD",
+REFUSED = {b"KDMV": "VMDK", b"COWD": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD",
+           b"QED\0": "QED", b"LUKS\xba\xbe": "LUKS", b"WithoutFreeSpace": "HDD",
            b"WithouFreSpacExt": "HDD", b"Bochs Virtual HD": "Bochs"}
+#: A VMDK that is a text: VirtualBox takes four first lines for one (``vmdkPreprocessDescriptor``),
+#: QEMU comments and empty lines before others. No sector that starts a computer begins so.
+_DESCRIPTOR = re.compile(rb"\s*#")
 #: Features of qcow2 that a reader must know (QEMU, ``docs/interop/qcow2.txt``): left dirty,
 #: compression type, extended entries. Not: corrupt (2), data in another file (4).
 KNOWN_FEATURES = 1 | 8 | 16
@@ -46,6 +49,8 @@ def format_of(head: bytes) -> str:
     for mark, name in REFUSED.items():
         if head.startswith(mark):
             raise DiskUnusable(f"is a {name} image")
+    if _DESCRIPTOR.match(head):
+        raise DiskUnusable("is a text, as VMDK images can be")
     return "vdi" if head[VDI_AT:VDI_AT + len(VDI)] == VDI else "raw"
 
 

@@ -44,7 +44,10 @@ def test_the_formats_that_are_taken() -> None:
     qcow2(features=1 << 63), qcow2(version=1), qcow2(version=4), qcow2()[:30], qcow2()[:75],
     b"KDMV", b"COWD", b"# Disk DescriptorFile\n", b"vhdxfile", b"conectix", b"QED\0",
     b"LUKS\xba\xbe", b"WithoutFreeSpace", b"WithouFreSpacExt", b"Bochs Virtual HD Image",
-    b"# Disk DescriptorFile\n#".ljust(64) + b"\x7f\x10\xda\xbe"])
+    *(line + b"\n#".ljust(64 - len(line)) + b"\x7f\x10\xda\xbe" for line in (
+        b"# Disk DescriptorFile", b"# Disk Descriptor File", b"#Disk DescriptorFile",
+        b"#Disk Descriptor File", b"\n  # version=1")),
+    b"#Disk DescriptorFile\n", b"\r\n#"])
 def test_what_may_name_other_files_is_refused(head: bytes) -> None:
     with pytest.raises(DiskUnusable):
         format_of(head)

@@ -294,9 +294,9 @@ class VirtualBoxMachine:
             process.watch(service_pids(self._manage.registry))
             with anyio.fail_after(START_DEADLINE):
                 await self._connected(listening, ends)
-                await process.reaches("RUNNING")
+                running = await process.reaches("RUNNING")
             # From here on nothing waits: what is opened for a process that lives, its end closes.
-            if self._status is not Status.RUNNING:
+            if not running or self._status is not Status.RUNNING:
                 raise self._not_started()
             return self._opened(ends)
         except TimeoutError:

@@ -204,8 +204,13 @@ def explain_end(asked: bool, code: int, log: str, console: str, said: str,
     if asked:
         return Ended(EndReason.ASKED, "the machine was stopped")
     why, sentence = halted or cause(log) or (None, "")
+    if why is Cause.RESET and halted is None:  # it was not ended for that: it went on
+        why, sentence = None, ""
     if why is Cause.NO_SPACE:
         return Ended(EndReason.NO_SPACE, "there was no room left for the machine's disk")
+    # A machine that may restart can have done so after a panic, and ended well.
+    if why is Cause.POWERED_OFF:
+        return Ended(EndReason.POWERED_OFF, "the machine switched itself off")
     if "Kernel panic" in console:
         line = console[console.index("Kernel panic"):].partition("\n")[0]
         return Ended(EndReason.PANIC, f"the machine's kernel gave up: {line[:200]}")
@@ -213,8 +218,6 @@ def explain_end(asked: bool, code: int, log: str, console: str, said: str,
         told = [line for line in console.splitlines() if "vmjob-init:" in line]
         last = told[-1].partition("vmjob-init:")[2].strip() if told else "it restarted itself"
         return Ended(EndReason.RESET, f"the machine ended: {last[:200]}")
-    if why is Cause.POWERED_OFF:
-        return Ended(EndReason.POWERED_OFF, "the machine switched itself off")
     if code == -signal.SIGKILL and why is None:
         return Ended(EndReason.KILLED, "VirtualBox was killed (signal 9): by somebody, or because "
                      "this computer was out of memory")
