@@ -279,6 +279,16 @@ async def test_a_failed_jobs_logs_are_kept_when_asked(run: Runner, tmp_path: Pat
     assert (Path(record.kept) / "owner.json").exists()
 
 
+@pytest.mark.parametrize("faults", [None, Faults(start="no such luck")])
+async def test_logs_that_cannot_be_kept_hide_no_failure(run: Runner, tmp_path: Path,
+                                                        faults: Faults | None) -> None:
+    (tmp_path / "kept").touch()
+    record = await run("exit 1", faults=faults, keep=tmp_path / "kept" / "there")
+    assert (record.exit_code, code(record)) == (
+        (125, "machine-start-failed") if faults else (1, None))
+    assert record.kept is None
+
+
 async def test_a_cancelled_job_leaves_nothing(run: Runner, home: Home) -> None:
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as group:

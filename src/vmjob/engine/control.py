@@ -101,6 +101,11 @@ class Control:
         return self._parts[0].machine.pid if self._parts is not None else None
 
     @property
+    def worn(self) -> bool:
+        """Whether the job had better go on in a new machine, from its last checkpoint."""
+        return self._parts is not None and self._parts[0].machine.worn
+
+    @property
     def has_network(self) -> bool:
         """Whether the job's machine has a network, while tasks run in it."""
         return self._parts is not None and self._parts[0].machine.spec.network != "none"

@@ -28,7 +28,7 @@ from vmjob.engine.ownership import claim, sweep
 from vmjob.engine.ports import open_ports
 from vmjob.engine.progress import Progress
 from vmjob.engine.record import Record
-from vmjob.engine.session import Place, beside, keep_report, note_report
+from vmjob.engine.session import Place, beside, keep_report, kept_report, note_report
 from vmjob.engine.starting import end_error
 from vmjob.engine.system import MAILBOX, is_copied, needs
 from vmjob.engine.triggers import tell_run_time, tell_share
@@ -147,6 +147,7 @@ async def run_foreign(home: Home, request: Request, grid: Grid) -> Record:
         record.kept = error.context.get("kept")
     finally:
         life.finish()
+    record.kept = kept_report(record.kept)
     # What failed on our side may be tried again, from the last checkpoint.
     if request.survival is not None and (failure is None or (
             isinstance(failure, JobError) and not failure.retryable)):

@@ -18,7 +18,7 @@ from vmjob.engine.life import Life, State
 from vmjob.engine.output import Output, make_safe, mark_duration
 from vmjob.engine.record import Record, describe_output, exit_code_of
 from vmjob.engine.request import Request
-from vmjob.engine.session import Session, beside, describe, open_session
+from vmjob.engine.session import Session, beside, describe, kept_report, open_session
 from vmjob.engine.work import Work
 from vmjob.errors import (
     JobError,
@@ -126,6 +126,7 @@ async def run_job(home: Home, request: Request, grid: Grid) -> Record:
         record.kept = error.context.get("kept")
     finally:
         life.finish()
+    record.kept = kept_report(record.kept)
     record.status = "succeeded" if record.exit_code == 0 and not record.error else "failed"
     # What failed on our side may be tried again, from the last checkpoint.
     if request.survival is not None and (failure is None or (

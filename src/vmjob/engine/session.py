@@ -207,10 +207,15 @@ async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 def note_report(error: VmjobError, machine: Machine, target: Path) -> None:
-    """`keep_report`; the error says where, if there is anything."""
+    """`keep_report`; the error says where it is."""
     keep_report(machine, target)
-    if target.is_dir():
-        error.context["kept"] = str(target)
+    if kept := kept_report(str(target)):
+        error.context["kept"] = kept
+
+
+def kept_report(target: str | None) -> str | None:
+    """Where a report is that was to be there; None where there was no room for any of it."""
+    return target if target is not None and Path(target).is_dir() else None
 
 
 def keep_report(machine: Machine, target: Path) -> None:

@@ -336,6 +336,14 @@ class Machine(Protocol):
         """
         ...
 
+    @property
+    def worn(self) -> bool:
+        """Whether its checkpoints have left behind what only a new process is rid of.
+
+        Who can lets its end follow on a checkpoint then, and goes on from that.
+        """
+        ...
+
     async def set_priority(self, priority: Priority) -> None:
         """Change how much of a busy computer the machine may take; not kept by a checkpoint."""
         ...

@@ -85,12 +85,13 @@ class Carrier:
         self._pace = Pace()
         self._work: asyncio.Task[Outcome] | None = None
         self._parting: asyncio.Task[None] | None = None
+        self._renewing = False
         self._job: Job | None = None
         #: Messages that came before it was known which job they are for.
         self._early: list[Path] = []
         self.ground = Ground(directory, runtime.init, options, log)
         kept = totals.read(directory)
-        self.grid = ClientGrid(runtime, self.ground.where, kept, log)
+        self.grid = ClientGrid(runtime, self.ground.where, kept, log, self._renew_worn)
         self.accounts = Accounts(runtime, directory, self.ground, self._control, self.grid, kept,
                                  log)
         self._orders = Orders(self._control,
@@ -113,11 +114,12 @@ class Carrier:
         """Carry the job; None when it was left (`left` says why) and is to be continued."""
         self._greet(self.ground.init)
         self._runtime.listen(self._deliver)
-        self._work = self._loop.create_task(self._whole())
         try:
             async with beside(self._orders.obey()), beside(self._orders.limit()), \
                     beside(self.accounts.tell()):
-                return await self._work
+                while (outcome := await self._worked()) is None:
+                    pass
+                return outcome
         except asyncio.CancelledError:
             if self.left is None:
                 raise
@@ -147,6 +149,24 @@ class Carrier:
             self._work.cancel()
 
     # -- the job -------------------------------------------------------------------------------
+
+    async def _worked(self) -> Outcome | None:
+        """Carry the job until it ends; None when its machine is to be a new one."""
+        self._work = self._loop.create_task(self._whole())
+        try:
+            return await self._work
+        except asyncio.CancelledError:
+            if not self._renewing or self.left is not None:
+                raise
+            self._renewing = False
+            return None
+
+    def _renew_worn(self) -> None:
+        """After a checkpoint: go on from it in a new machine, if this one should make no more."""
+        if self._control.worn and self.left is None and self._work is not None:
+            self._log.line("its machine goes on in a new process, from this checkpoint")
+            self._renewing = True
+            self._work.cancel()
 
     def _greet(self, init: InitData | None) -> None:
         if init is not None:

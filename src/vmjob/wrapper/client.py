@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -31,13 +32,18 @@ TOLD = {"boot": "the machine boots", "template": "a machine is frozen, once for 
 
 
 class ClientGrid(Quiet):
-    """Passes on what happens; ``totals`` is kept by whoever carries the job."""
+    """Passes on what happens; ``totals`` is kept by whoever carries the job.
 
-    def __init__(self, runtime: Runtime, where: Surroundings, totals: Totals, log: Log) -> None:
+    ``kept`` is called when there is a new checkpoint.
+    """
+
+    def __init__(self, runtime: Runtime, where: Surroundings, totals: Totals, log: Log,
+                 kept: Callable[[], None]) -> None:
         self._runtime = runtime
         self._where = where
         self._totals = totals
         self._log = log
+        self._kept = kept
         self._messages = MOST_MESSAGES
         self.streams = {"stdout": Tail(TAIL), "stderr": Tail(TAIL)}
         #: Phase of the job's life; and the last one before its end.
@@ -71,6 +77,7 @@ class ClientGrid(Quiet):
         self._runtime.checkpointed(self._totals.cpu_seconds)
         self._log.line(f"checkpoint {number}: the machine stood still for "
                        f"{still_seconds * 1000:.0f} ms, {written_bytes / 1e6:.1f} MB written")
+        self._kept()
 
     async def trickle(self, variety: str, text: str) -> bool:
         try:

@@ -17,7 +17,7 @@ from vmjob.wrapper.totals import Totals
 def test_faults_that_take_turns_are_each_counted_until_a_checkpoint(tmp_path: Path) -> None:
     with Runtime.open(tmp_path) as runtime:
         ground, kept, log = Ground(tmp_path, None, Options(), Log()), Totals(), Log()
-        grid = ClientGrid(runtime, ground.where, kept, log)
+        grid = ClientGrid(runtime, ground.where, kept, log, lambda: None)
         accounts = Accounts(runtime, tmp_path, ground, Control(), grid, kept, log)
         assert [accounts.fault(code) for code in ("machine-died", "agent-lost") * 3] == [
             0, 0, 1, 1, 2, 2]

@@ -76,6 +76,45 @@ async def test_a_machine_is_kept_before_it_ends(runtime: Runtime, tmp_path: Path
     assert control.kept
 
 
+class Worn(Control):
+    """A machine that is to be followed by another, or not."""
+
+    def __init__(self, worn: bool) -> None:
+        super().__init__()
+        self._worn = worn
+
+    @property
+    def worn(self) -> bool:
+        return self._worn
+
+
+@pytest.mark.parametrize("worn", [True, False])
+@pytest.mark.parametrize("quits", [True, False])
+async def test_a_job_goes_on_from_a_checkpoint_in_a_new_machine_when_this_one_is_worn(
+        runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worn: bool,
+        quits: bool) -> None:
+    carrier = Carrier(runtime, tmp_path, Options(), Log(), lambda why: None)
+    carrier._control = Worn(worn)
+    machines = 0
+
+    async def machine() -> Finish:
+        nonlocal machines
+        machines += 1
+        if machines == 1:
+            if quits:
+                carrier._hear(Quit())
+            carrier.grid.checkpoint(1, 0.01, 1000)
+            for _ in range(5):  # for a word to be obeyed
+                await asyncio.sleep(0)
+        return Finish(0)
+
+    monkeypatch.setattr(carrier, "_whole", machine)
+    left = carrier.carry()
+    async with asyncio.timeout(DEADLINE):
+        assert await left == (None if quits else Finish(0))
+    assert machines == (2 if worn and not quits else 1)
+
+
 class Over(Control):
     """A job whose tasks have ended: there is nothing to keep."""
 

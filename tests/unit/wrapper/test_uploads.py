@@ -32,7 +32,7 @@ async def test_orders_are_heard_while_a_large_file_is_made_ready(
     monkeypatch.setattr("vmjob.wrapper.client.shutil.copyfileobj", copy)
     with Runtime.open(tmp_path) as runtime:
         ground = Ground(tmp_path, None, Options(), Log())
-        grid = ClientGrid(runtime, ground.where, Totals(), Log())
+        grid = ClientGrid(runtime, ground.where, Totals(), Log(), lambda: None)
         async with anyio.create_task_group() as group:
             group.start_soon(grid.upload, "early")
             with anyio.fail_after(10):

@@ -218,6 +218,10 @@ class FakeMachine:
         return ()
 
     @property
+    def worn(self) -> bool:
+        return False
+
+    @property
     def pid(self) -> int | None:
         """Process id of the machine (its keeper) once it was started."""
         return self._keeper.pid if self._keeper else None

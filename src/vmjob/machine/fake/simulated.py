@@ -74,7 +74,8 @@ class SimulatedFaults:
     ``start``, ``restore``: these fail. ``before_still``, ``after_still``: a checkpoint fails before
     the guest stands still, or when ``while_still`` was called. ``disk_full``: there is no room for
     its files. ``dies_at_tick``: the machine ends then, counted from its very first start.
-    ``dies_while_still``: it ends in its next checkpoint, after ``while_still``.
+    ``dies_while_still``: it ends in its next checkpoint, after ``while_still``. ``worn``: it wants
+    to be followed by another.
     """
 
     start: str | None = None
@@ -84,6 +85,7 @@ class SimulatedFaults:
     disk_full: str | None = None
     dies_at_tick: int | None = None
     dies_while_still: bool = False
+    worn: bool = False
 
 
 class _State(msgspec.Struct):
@@ -219,6 +221,10 @@ class SimulatedMachine:
             if self.faults.disk_full is not None:
                 raise HostDiskFull(self.faults.disk_full)
             return self._keep(directory, name, known, files, still)
+
+    @property
+    def worn(self) -> bool:
+        return self.faults.worn
 
     @property
     def pid(self) -> int | None:

@@ -456,6 +456,10 @@ class QemuMachine:
         return "console.log", "qemu.log", "argv.json", "qmp.json"
 
     @property
+    def worn(self) -> bool:
+        return False
+
+    @property
     def pid(self) -> int | None:
         """Process id of QEMU, while it runs."""
         return self._process.pid if self._process else None

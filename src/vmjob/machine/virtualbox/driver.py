@@ -503,6 +503,10 @@ class VirtualBoxMachine:
         return ("console.log", MESSAGES, f"{definition.NAME}/Logs/VBox.log", TRANSCRIPT)
 
     @property
+    def worn(self) -> bool:
+        return self._saver is not None and self._saver.worn
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 

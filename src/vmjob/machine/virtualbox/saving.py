@@ -44,6 +44,10 @@ __all__ = ["MOST_LAYERS", "Saver", "State", "opened"]
 #: Layers that a checkpoint may consist of before older ones are laid together.
 MOST_LAYERS = 8
 SAVED, DISK, CD, ROOT = ".sav", ".disk", "cd", "root"
+#: Snapshots of one process; VirtualBox refuses the 251st (``SETTINGS_SNAPSHOT_DEPTH_MAX``).
+MOST_SNAPSHOTS = 100
+#: Bytes of layers that no checkpoint needs any more and the process keeps.
+MOST_LEFT = 512 << 20
 #: Version of `State`.
 FORMAT = 1
 
@@ -88,6 +92,20 @@ class Saver:
         #: How many of the layers those hold.
         self._covered = len(self._kept)
         self._snapshots = spec.directory / definition.NAME / "Snapshots"
+        #: How many layers it began with: others' too, perhaps copied.
+        self._first = len(self._layers)
+
+    @property
+    def worn(self) -> bool:
+        """Whether this process of VirtualBox has had so many snapshots that a new one is due.
+
+        None of them is ever deleted: what a checkpoint no longer needs (its name there is gone)
+        stays until the process ends.
+        """
+        own = self._layers[self._first - 1:-1]
+        looks = [each.stat() for each in own]
+        left = sum(look.st_blocks * 512 for look in looks if look.st_nlink == 1)
+        return len(own) >= MOST_SNAPSHOTS or left > MOST_LEFT
 
     async def take(self, directory: Path, name: str, while_still: Callable[[], None],
                    standing: Standing) -> Checkpoint:

@@ -97,26 +97,32 @@ def above(path: Path, below: Path) -> Path:
     return path
 
 
+def saver_of(tmp_path: Path) -> tuple[Saver, Snapshots]:
+    """Of a machine with one layer."""
+    directory = tmp_path / "m"
+    directory.mkdir()
+    first = directory / "layer-0.vdi"
+    write_disk(first, BLOCK, uuid.uuid4(), {})
+    (directory / "boot.iso").touch()
+    manage = Snapshots(directory, first)
+    return Saver(MachineSpec("m", directory, None), manage, [first], VERSION,
+                 contextlib.nullcontext), manage
+
+
 @pytest.mark.anyio
 async def test_layers_of_snapshots_that_failed_are_part_of_the_next_checkpoint(
         tmp_path: Path) -> None:
     from vmjob.errors import MachineError
 
-    directory, kept = tmp_path / "m", tmp_path / "kept"
-    directory.mkdir()
+    kept = tmp_path / "kept"
     kept.mkdir()
-    first = directory / "layer-0.vdi"
-    write_disk(first, BLOCK, uuid.uuid4(), {})
-    (directory / "boot.iso").touch()
-    manage = Snapshots(directory, first)
-    saver = Saver(MachineSpec("m", directory, None), manage, [first], VERSION,
-                  contextlib.nullcontext)
+    saver, manage = saver_of(tmp_path)
 
     def lost() -> None:
         raise MachineError("lost")
 
     manage.after = lost
-    layers = [first]
+    layers = [manage.top]
     for number in range(3):
         with pytest.raises(CheckpointFailed):
             await saver.take(kept, f"bad{number}", lambda: None, Still(manage))
@@ -140,16 +146,36 @@ async def test_layers_of_snapshots_that_failed_are_part_of_the_next_checkpoint(
 @pytest.mark.parametrize("lost", ["*.vdi", "*.sav", "*"])
 async def test_a_snapshot_of_which_not_all_is_there_is_no_checkpoint(tmp_path: Path,
                                                                      lost: str) -> None:
-    directory, kept = tmp_path / "m", tmp_path / "kept"
-    directory.mkdir()
+    kept = tmp_path / "kept"
     kept.mkdir()
-    first = directory / "layer-0.vdi"
-    write_disk(first, BLOCK, uuid.uuid4(), {})
-    (directory / "boot.iso").touch()
-    manage = Snapshots(directory, first)
+    saver, manage = saver_of(tmp_path)
     manage.after = lambda: [path.unlink() for path in manage.place.glob(lost)]  # type: ignore[return-value]
-    saver = Saver(MachineSpec("m", directory, None), manage, [first], VERSION,
-                  contextlib.nullcontext)
     with pytest.raises(CheckpointFailed):
         await saver.take(kept, "1", lambda: None, Still(manage))
     assert list(kept.iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_a_process_is_worn_before_virtualbox_refuses_its_snapshots(
+        tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "MOST_SNAPSHOTS", 3)
+    saver, manage = saver_of(tmp_path)
+    for number in range(4):
+        assert saver.worn is (number >= 3)
+        await saver.take(kept, f"c{number}", lambda: None, Still(manage))
+
+
+@pytest.mark.anyio
+async def test_a_process_is_worn_when_it_keeps_much_that_no_checkpoint_needs(
+        tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "MOST_LEFT", BLOCK)
+    saver, manage = saver_of(tmp_path)
+    for number in range(3):
+        await saver.take(kept, f"c{number}", lambda: None, Still(manage))
+    below = manage.place / saver._layers[1].name
+    with below.open("ab") as layer:
+        layer.write(os.urandom(2 * BLOCK))
+    assert not saver.worn, "a checkpoint needs it"
+    for path in kept.glob("c*.disk"):
+        path.unlink()
+    assert saver.worn
