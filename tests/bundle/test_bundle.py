@@ -144,17 +144,20 @@ def test_starts_at_the_same_time_do_not_hinder_each_other(computer: Computer) ->
 
 @pytest.mark.parametrize("sign", [".good", "settle.py"], ids=["while it reads", "after tar"])
 def test_after_a_kill_in_the_middle_it_is_unpacked_anew(computer: Computer, sign: str) -> None:
-    process = subprocess.Popen(computer.argv(VMJOB, "--version"), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
     pattern = ".wrapper-*/lib/*" if sign == ".good" else ".wrapper-*/settle.py"
-    deadline = time.monotonic() + 60
-    while not list(computer.programs.glob(pattern)) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(20)
-    left = unpacked_in(computer.programs)
-    assert len(left) == 1
-    assert left[0].startswith(".wrapper-")
+    for _ in range(10):
+        process = subprocess.Popen(computer.argv(VMJOB, "--version"), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        while not list(computer.programs.glob(pattern)) and process.poll() is None:
+            time.sleep(0.001)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+        [left] = unpacked_in(computer.programs)
+        if left.startswith(".wrapper-"):
+            break
+        shutil.rmtree(computer.programs / left)  # the kill came too late
+    assert left.startswith(".wrapper-")
     assert computer.run(VMJOB, "--version").returncode == 0
     [found] = unpacked_in(computer.programs)
     assert found.startswith("wrapper-")

@@ -218,7 +218,7 @@ def test_an_app_notices_at_once_that_its_client_was_killed(tmp_path: Path) -> No
         assert client.process is not None
         client.process.send_signal(signal.SIGKILL)
         client.process.wait()
-        assert client.until_said("gone") < 2.0
+        assert client.until_said("gone") < 10.0  # and not by its silence, after 20
         # A new client may have another instance on the same channels already.
         client.put(0, "<suspend/>\n")
         client.tell("report 1 1 0.5")

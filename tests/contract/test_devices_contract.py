@@ -195,7 +195,12 @@ async def test_a_port_that_is_taken_is_told_and_another_can_be_had(
             await machine.forward(ours, 81)
         assert await machine.forward(0, 80) != ours
         await machine.unforward(ours)
-        assert await machine.forward(ours, 81) == ours
+        try:
+            assert await machine.forward(ours, 81) == ours
+        except PortTaken:  # by another process, between the two; hardly twice
+            ours = await machine.forward(0, 80)
+            await machine.unforward(ours)
+            assert await machine.forward(ours, 81) == ours
 
 
 async def test_a_machine_without_a_network_has_no_forwards(driver: Driver,

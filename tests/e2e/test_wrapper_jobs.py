@@ -216,12 +216,18 @@ def test_an_image_of_the_app_is_linked_and_not_copied(run: Run, project: Project
 def test_without_the_network_a_guest_is_cut_off_and_with_it_connected(
         run: Run, project: Project) -> None:
     name, listener = run.names["online"], run.listener
+
+    def is_quiet() -> bool:
+        asked = listener.asked
+        time.sleep(3)
+        return listener.asked == asked
+
     assert eventually(lambda: listener.asked >= 3, DEADLINE)
     stderr = project.slot_of(name) / "stderr.txt"
     project.client.set_network_mode("never")
     try:
         assert eventually(lambda: "the network is off" in stderr.read_text(), 60)
-        time.sleep(1)  # an answer that was under way
+        assert eventually(is_quiet, 60)  # what was under way has arrived
         asked = listener.asked
         time.sleep(5)
         assert listener.asked == asked
@@ -322,8 +328,8 @@ def test_a_job_that_takes_too_long_is_ended_by_the_client(run: Run, project: Pro
     assert result.exit_status == TIME_LIMIT
     assert result.state in ENDED
     assert "exceeded elapsed time limit 121" in result.message
-    assert 120 < result.elapsed < 130
-    assert eventually(lambda: not any(each.is_running() for each in processes), 5)
+    assert 120 < result.elapsed < 240
+    assert eventually(lambda: not any(each.is_running() for each in processes), 60)
 
 
 def test_nothing_remains_of_all_these_jobs(run: Run, project: Project) -> None:

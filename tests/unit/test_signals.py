@@ -19,9 +19,9 @@ from vmjob.host import standstill
 
 VMJOB = [sys.executable, str(Path(__file__).with_name("simulated_vmjob.py"))]
 #: Seconds: of a deadline and of its margin, and what this computer may add.
-DEADLINE, MARGIN, BUSY = 0.5, 0.5, 3.0
+DEADLINE, MARGIN, BUSY = 0.5, 0.5, 30.0
 #: Seconds for which something waits, and for which it is stopped.
-PATIENCE = 1.5
+PATIENCE = 2.75
 
 
 @contextmanager

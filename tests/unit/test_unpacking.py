@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,18 +167,30 @@ def test_many_at_once_get_the_same_whole_directory(tmp_path: Path) -> None:
     assert (found.pop() / "more").stat().st_size == 1 << 20
 
 
+#: Unpacks an archive, and is killed when it has written 500 members.
+KILLED = """
+import itertools, os, pathlib, signal, sys
+from vmjob.host import unpacking
+
+write, count = unpacking._write, itertools.count(1)
+
+def killed(*arguments):
+    write(*arguments)
+    if next(count) == 500:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+unpacking._write = killed
+unpacking.unpacked(*map(pathlib.Path, sys.argv[1:]))
+"""
+
+
 def test_after_a_kill_in_the_middle_it_is_unpacked_anew(tmp_path: Path) -> None:
     files = [member(f"file{n}", os.urandom(10_000)) for n in range(1000)]
     archive = archive_of(tmp_path / "a.tar.gz", *files)
     below = below_of(tmp_path)
-    script = ("import sys, pathlib, vmjob.host.unpacking as u; "
-              "u.unpacked(*map(pathlib.Path, sys.argv[1:]))")
-    process = subprocess.Popen([sys.executable, "-c", script, str(archive), str(below)])
-    deadline = time.monotonic() + 20
-    while not list(below.glob(".qemu-*/file1")) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(20) == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", KILLED, str(archive), str(below)], timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(below.glob(".qemu-*/*"))) == 500
     assert not list(below.glob("qemu-*"))
     found = unpacked(archive, below)
     assert len(list(found.iterdir())) == 1000

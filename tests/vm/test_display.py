@@ -145,6 +145,6 @@ async def test_a_guest_cannot_make_pictures_that_take_the_disk_or_the_time(
         assert (await client.follow(task, drop)).exit_code == 0
         began = time.monotonic()
         await session.machine.screenshot(tmp_path / "noise.png")
-        assert time.monotonic() - began < 25
+        assert time.monotonic() - began < 60
         assert 1 << 20 < (tmp_path / "noise.png").stat().st_size <= 32 << 20
         await client.ping()

@@ -9,12 +9,14 @@ import anyio
 import psutil
 import pytest
 
-from vmjob.engine.session import Session, open_session
+from tests.clocks import Clocks, clocks
+from vmjob.engine.session import open_session
 from vmjob.guest.client import Stream
 from vmjob.home import Home
 from vmjob.machine.contract import MachineSpec, Priority
 from vmjob.machine.qemu.driver import QemuDriver
 
+__all__ = ["clocks"]
 pytestmark = [pytest.mark.anyio, pytest.mark.vm]
 
 #: Seconds of each part of the throttling, and how often.
@@ -23,16 +25,8 @@ TIMES = 12
 TICKS = "import time\nfor n in range(30):\n print(n, flush=True)\n time.sleep(0.1)\n"
 
 
-async def seconds(session: Session) -> float:
-    """The guest's time of day, less this computer's."""
-    before = time.time()
-    guest = float((await session.client.ping())["time"])
-    assert guest < time.time() + 0.1
-    return guest - before
-
-
-async def test_throttling_breaks_no_stream_timer_or_clock(vm_home: Home,
-                                                          vm_shape: MachineSpec) -> None:
+async def test_throttling_breaks_no_stream_timer_or_clock(vm_home: Home, vm_shape: MachineSpec,
+                                                          clocks: Clocks) -> None:
     async with open_session(vm_home, QemuDriver(), vm_shape) as session:
         client = session.client
         got = b""
@@ -58,11 +52,11 @@ async def test_throttling_breaks_no_stream_timer_or_clock(vm_home: Home,
         stood = OFF * TIMES
         assert time.monotonic() - began > stood
         assert end.wall_seconds < time.monotonic() - began - stood * 0.9, "still time counted"
-        assert abs(await seconds(session)) < 0.1
+        assert await clocks.wrong(client) < 0.1
 
 
-async def test_the_time_of_day_is_right_after_a_long_stand(vm_home: Home,
-                                                           vm_shape: MachineSpec) -> None:
+async def test_the_time_of_day_is_right_after_a_long_stand(vm_home: Home, vm_shape: MachineSpec,
+                                                           clocks: Clocks) -> None:
     async with open_session(vm_home, QemuDriver(), vm_shape) as session:
         assert isinstance(session.machine.pid, int)  # type: ignore[attr-defined]
         qemu = psutil.Process(session.machine.pid)  # type: ignore[attr-defined]
@@ -71,7 +65,7 @@ async def test_the_time_of_day_is_right_after_a_long_stand(vm_home: Home,
         await anyio.sleep(1.5)
         assert sum(qemu.cpu_times()[:2]) - sum(used[:2]) <= 0.05
         await session.resume()
-        assert abs(await seconds(session)) < 0.1
+        assert await clocks.wrong(session.client) < 0.1
 
 
 async def test_a_machine_has_low_priority_until_it_is_given_more(vm_home: Home,

@@ -295,13 +295,13 @@ class Slow(Heard):
     """Takes its time with what a job has written."""
 
     async def output(self, stream: str, data: bytes) -> None:
-        await anyio.sleep(3)
+        await anyio.sleep(4.5)
 
 
 async def test_a_reader_who_takes_his_time_is_no_silence_of_the_machine(
         home: Home, fake_shape: MachineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmjob.engine.work.GRACE", 0.1)
-    monkeypatch.setattr("vmjob.engine.work.PATIENCE", 0.5)
+    monkeypatch.setattr("vmjob.engine.work.PATIENCE", 2.5)
     job = Job((Task(("sh", "-c", "echo one; sleep 60")),), time_limit=0.3)
     with anyio.fail_after(60):
         record = await run_job(home, Request(job, FakeDriver(), fake_shape, {}), Slow())

@@ -210,7 +210,7 @@ def test_a_slow_receiver_does_not_keep_the_runtime_from_closing(
         client.queue.append("<suspend/>\n")
         app.until_heard(Suspend())
         start = time.monotonic()
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < DEADLINE / 2
     # Its thread may still take a message, so nobody else may have the slot.
     with pytest.raises(AssertionError):
         assert_free(client.slot)

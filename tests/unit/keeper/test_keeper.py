@@ -221,9 +221,9 @@ async def test_a_sweep_leaves_what_lives_and_what_is_kept(home: Home, lab: str) 
 
 async def test_a_keeper_that_does_not_answer_can_be_stopped(
         home: Home, lab: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "GREETING_DEADLINE", 0.2)
-    monkeypatch.setattr(client, "END_DEADLINE", 0.2)
     await client.start(home, lab, command=keeper())
+    monkeypatch.setattr(client, "GREETING_DEADLINE", 0.5)  # from here on it only expires
+    monkeypatch.setattr(client, "END_DEADLINE", 2.0)
     pid = slots.keeper_of(slots.place_of(home, lab))
     assert pid
     os.kill(pid, signal.SIGSTOP)

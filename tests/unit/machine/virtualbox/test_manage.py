@@ -75,9 +75,9 @@ async def test_exit_code_0_with_an_error_is_an_error(simulated):
 async def test_a_call_that_hangs_is_killed_with_what_it_started(simulated, tmp_path):
     manage = simulated("sleep 1000 & echo $! > child; echo begun; wait")
     began = time.monotonic()
-    with pytest.raises(HypervisorSilent, match=r"within 0\.5 s") as caught:
-        await manage.run("list", "vms", deadline=0.5)
-    assert time.monotonic() - began < 5
+    with pytest.raises(HypervisorSilent, match=r"within 3 s") as caught:
+        await manage.run("list", "vms", deadline=3.0)
+    assert time.monotonic() - began < 20
     assert caught.value.retryable
     child = int((tmp_path / "child").read_text())
     assert eventually(lambda: not psutil.pid_exists(child)
