@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-import pytest
 
 from vmjob.guest.client import AgentClient
+
+__all__ = ["Clocks"]
 
 
 class Clocks:
@@ -23,19 +21,3 @@ class Clocks:
         before = time.time()
         guest = float((await client.ping())["time"])
         return max(before - self.late - guest, guest - time.time(), 0.0)
-
-
-@pytest.fixture
-def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
-    found = Clocks()
-
-    def timed(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-        async def wrapped(*given: Any, **more: Any) -> None:
-            began = time.monotonic()
-            await call(*given, **more)
-            found.late = time.monotonic() - began
-        return wrapped
-
-    for name in ("introduce", "set_clock"):
-        monkeypatch.setattr(AgentClient, name, timed(getattr(AgentClient, name)))
-    return found

@@ -1,15 +1,19 @@
-"""Disks that more than one kind of machine boots."""
+"""Disks that more than one kind of machine boots; looks at clocks."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import old_image
+from tests.clocks import Clocks
 from tests.own_cd import Unavailable, digest, make_ramdisk, write_cd
+from vmjob.guest.client import AgentClient
 from vmjob.home import Home
 from vmjob.image.store import Image
 
@@ -62,3 +66,20 @@ def pretend(tmp_path: Path, virtualbox: Path, monkeypatch: pytest.MonkeyPatch,
         return place
 
     return put
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    """Knows how long the order took by which a machine's clock was set last."""
+    found = Clocks()
+
+    def timed(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def wrapped(*given: Any, **more: Any) -> None:
+            began = time.monotonic()
+            await call(*given, **more)
+            found.late = time.monotonic() - began
+        return wrapped
+
+    for name in ("introduce", "set_clock"):
+        monkeypatch.setattr(AgentClient, name, timed(getattr(AgentClient, name)))
+    return found

@@ -9,14 +9,13 @@ import anyio
 import psutil
 import pytest
 
-from tests.clocks import Clocks, clocks
+from tests.clocks import Clocks
 from vmjob.engine.session import open_session
 from vmjob.guest.client import Stream
 from vmjob.home import Home
 from vmjob.machine.contract import MachineSpec, Priority
 from vmjob.machine.qemu.driver import QemuDriver
 
-__all__ = ["clocks"]
 pytestmark = [pytest.mark.anyio, pytest.mark.vm]
 
 #: Seconds of each part of the throttling, and how often.

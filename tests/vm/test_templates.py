@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import vmjob
-from tests.clocks import Clocks, clocks
+from tests.clocks import Clocks
 from tests.conftest import eventually, lend
 from vmjob.engine.session import Session, open_session
 from vmjob.engine.templates import TemplateStore, key_of
@@ -26,7 +26,6 @@ from vmjob.machine.contract import MachineSpec
 from vmjob.machine.qemu import programs
 from vmjob.machine.qemu.driver import QemuDriver
 
-__all__ = ["clocks"]
 pytestmark = [pytest.mark.anyio, pytest.mark.vm]
 
 #: Everything by which one machine could be taken for another.
