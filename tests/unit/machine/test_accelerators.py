@@ -65,6 +65,21 @@ def test_a_start_that_failed_for_a_new_cause_leads_to_one_more_probe(home: Home,
     assert len(boots) == 3
 
 
+@pytest.mark.parametrize(("why", "lasts"), [
+    ("QEMU ended: failed to initialize kvm: Device or resource busy", False),
+    ("QEMU ended: cannot set up guest memory: Cannot allocate memory", False),
+    ("QEMU ended: failed to initialize kvm: No such device", True),
+    ("a Linux kernel did not boot within 10 s", True)])
+def test_a_fault_that_passes_proves_nothing_for_long(
+        home: Home, boots: list[str], monkeypatch: pytest.MonkeyPatch, why: str,
+        lasts: bool) -> None:
+    works = accelerators._boot
+    monkeypatch.setattr(accelerators, "_boot", lambda *_: Proof("kvm", False, why))
+    assert choose(home).accelerator == "tcg"
+    monkeypatch.setattr(accelerators, "_boot", works)
+    assert choose(home).accelerator == ("tcg" if lasts else "kvm")
+
+
 @pytest.mark.parametrize("error", [None, {"code": "time-limit", "message": "x"},
                                    {"code": "output-missing", "message": "x"}])
 def test_what_is_the_jobs_own_fault_raises_no_doubt(home: Home, boots: list[str],

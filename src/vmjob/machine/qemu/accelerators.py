@@ -8,6 +8,7 @@ same: this boot of the computer, this QEMU, this device.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import subprocess
@@ -35,6 +36,9 @@ __all__ = ["Proof", "candidates", "choose", "prove"]
 HARDWARE_DEADLINE = 10.0
 #: Seconds for the same under TCG, where a slow, loaded computer may need a minute.
 TCG_DEADLINE = 120.0
+#: What QEMU says of what may be over at the next try: another hypervisor has the processor's
+#: virtualization, there is too little memory.
+PASSING = (os.strerror(errno.EBUSY), os.strerror(errno.ENOMEM))
 #: Printed by the image's ramdisk when it was started with `PROBE_ARGUMENT`.
 PROBE_PROOF = b"vmjob-probe: ok"
 PROBE_ARGUMENT = "vmjob.probe"
@@ -76,7 +80,8 @@ async def prove(home: Home, accelerator: str, boot: BootParts, *, fresh: bool = 
             if not fresh and (other := remembered(path, ground, accelerator)):
                 return other
             found = _boot(binary, accelerator, boot)
-            remember(path, ground, found)
+            if found.works or not any(cause in found.why for cause in PASSING):
+                remember(path, ground, found)
             return found
 
     return await anyio.to_thread.run_sync(probe)
