@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.noted_log import NotedLog
 from vmjob import shape as shapes
 from vmjob.grid.boinc import Runtime
 from vmjob.home import Home
@@ -16,7 +17,6 @@ from vmjob.machine.virtualbox import saving
 from vmjob.shape import Shape
 from vmjob.wrapper import ground
 from vmjob.wrapper.carrying import Carrier
-from vmjob.wrapper.log import Log
 from vmjob.wrapper.options import Options
 from vmjob.wrapper.outcome import Finish
 
@@ -24,15 +24,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.vm, pytest.mark.timeout(900)]
 
 #: Numbers that the job prints, seconds between two of them, and between checkpoints.
 NUMBERS, PAUSE, EVERY = 60, 0.5, 4.0
-
-
-class Noted(Log):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 async def test_a_job_gives_what_it_gives_over_several_processes_of_virtualbox(
@@ -52,7 +43,7 @@ async def test_a_job_gives_what_it_gives_over_several_processes_of_virtualbox(
     (tmp_path / "vmjob.toml").write_text(
         f'run = ["sh", "-c", "{count}"]\nmemory_mb = {in_virtualbox.memory_mb}\n'
         f'network = "{in_virtualbox.network}"\n')
-    log = Noted()
+    log = NotedLog()
     with Runtime.open(tmp_path) as runtime:
         carrier = Carrier(runtime, tmp_path, Options(), log, lambda why: None)
         async with asyncio.timeout(800):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.noted_log import NotedLog
 from vmjob.grid.boinc import Runtime
 from vmjob.home import Home
 from vmjob.machine.contract import MachineSpec
@@ -18,7 +19,6 @@ from vmjob.machine.fake.simulated import SimulatedFaults
 from vmjob.shape import Shape
 from vmjob.wrapper import contents, ground
 from vmjob.wrapper.carrying import Carrier
-from vmjob.wrapper.log import Log
 from vmjob.wrapper.options import Options
 from vmjob.wrapper.outcome import Finish
 
@@ -26,15 +26,6 @@ pytestmark = pytest.mark.anyio
 
 #: Steps of the job, lines of its output, seconds of a simulated tick.
 STEPS, EVERY, TICK = 600, 10, 0.005
-
-
-class Noted(Log):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 async def test_a_job_whose_machines_all_wear_out_gives_what_it_gives(
@@ -52,7 +43,7 @@ async def test_a_job_whose_machines_all_wear_out_gives_what_it_gives(
     monkeypatch.setattr(contents, "find_image", lambda *_: None)
     (tmp_path / "vmjob.toml").write_text(
         f'run = ["hash-chain", "{STEPS}", "{EVERY}"]\n')
-    log = Noted()
+    log = NotedLog()
     with Runtime.open(tmp_path) as runtime:
         carrier = Carrier(runtime, tmp_path, Options(), log, lambda why: None)
         async with asyncio.timeout(60):
