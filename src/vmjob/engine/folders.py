@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,25 @@ from vmjob.engine.folderside import (
     Journal,
     Outgoing,
     Sent,
+    batches,
     link_target,
     make_directories,
+    may_lead_to,
     pack,
     place,
     prepare,
     staging,
+    would_replace,
 )
 from vmjob.errors import AgentProtocol, FolderFull, HostError, InputUnreadable
 from vmjob.guest.agent.folders import CHANGING, DIRECTORY, Stamp, stamp
 from vmjob.guest.agent.folders import Folder as Look
 from vmjob.guest.agent.parcels import ANYTHING
 from vmjob.guest.client import AgentClient
-from vmjob.guest.folders import split_names
 from vmjob.job.files import INIT_DATA, Folder
 
 __all__ = ["Mirror"]
 
-#: Bytes of one parcel, unless one file alone is larger.
-PARCEL_BYTES = 64 << 20
 #: Answers that tell all of a folder, at most: a guest that always has more is a liar.
 MAX_ANSWERS = 10_000
 #: Seconds that the guest may look through a folder when nothing runs any more.
@@ -81,11 +81,13 @@ class Mirror:
         self._guest: dict[str, Stamp] = {}
         self._host: dict[str, Stamp] = {}
         self._look = Look(str(folder.source), folder.without, folder.max_files + 1)
-        #: Names that stand for files elsewhere; whether the guest may write those.
         #: What could not be written on the host, and was not the job's fault.
         self._unwritten: str | None = None
+        #: Names that stand for files elsewhere; whether the guest may write those.
         self._links: dict[str, tuple[Path, bool]] = {}
         self._no_links: dict[str, Stamp] = {}
+        #: What `prepare` has put there: no links, whatever they hold.
+        self._put: set[str] = set()
         self._seen = 0
         self._listed = False
         self._over = False
@@ -110,7 +112,7 @@ class Mirror:
         """What both sides agreed on, JSON-compatible: it belongs to the machine's checkpoint."""
         return {"agreed": {name: list(pair) for name, pair in self._agreed.items()},
                 "links": {name: [str(path), mine] for name, (path, mine) in self._links.items()},
-                "putting": dict(self._putting)}
+                "putting": dict(self._putting), "put": sorted(self._put)}
 
     def version(self, name: str) -> Pair | None:
         """Which file both sides have under a name; None while not both have one and the same."""
@@ -135,7 +137,8 @@ class Mirror:
     async def fill(self) -> None:
         """Before the first task: bring everything into the guest."""
         async with self._lock:
-            await anyio.to_thread.run_sync(prepare, self.folder, self._base, self._redact)
+            self._put = await anyio.to_thread.run_sync(prepare, self.folder, self._base,
+                                                       self._redact)
             await self._look_at_host(at_once=True)
             self._check_own()
             if self.folder.destination:
@@ -220,6 +223,7 @@ class Mirror:
             self._links = {name: (Path(path), mine) for name, (path, mine) in
                            msgspec.convert(known["links"], dict[str, tuple[str, bool]]).items()}
             self._putting = msgspec.convert(known["putting"], dict[str, Stamp])
+            self._put = msgspec.convert(known.get("put", []), set[str])
         except (KeyError, msgspec.ValidationError) as error:
             raise ValueError(f"not what was known of a folder: {error}") from error
 
@@ -261,9 +265,13 @@ class Mirror:
         links = dict(self._links)
         files = [name for name, each in found.items()
                  if each[0] == "f" and each[1] <= MAX_LINK and name not in self._links
-                 and self._no_links.get(name) != each]
+                 and name not in self._put and self._no_links.get(name) != each]
         for name in [*files, *(self._look.links - self._links.keys())]:
             target = link_target(self.folder.source / name, self._base)
+            if target is not None and not may_lead_to(self.folder, target):
+                self._warn_once(f"{self.folder.name}: {name!r} is a link out of the slot and its "
+                                "project, and stands for nothing")
+                target = None
             if target is None:
                 if name in found:
                     self._no_links[name] = found[name]
@@ -332,9 +340,10 @@ class Mirror:
             changing_guest=changing)
 
     def _may_come(self, name: str) -> bool:
-        if not self.folder.writable or name.rpartition("/")[2] == INIT_DATA:
+        if not self.folder.writable or self._look.leaves_out(name):  # which no honest agent tells
             return False
-        if self._look.leaves_out(name):  # an agent that is honest does not tell of it
+        if would_replace(name, self._links, self._host,
+                         directory=self._guest.get(name) == DIRECTORY):
             return False
         link = self._links.get(name)
         return link is None or link[1] or (
@@ -407,7 +416,7 @@ class Mirror:
         directories = [name for name in names if self._guest[name] == DIRECTORY]
         done = await self._make_directories(directories) if directories else False
         files = [name for name in names if self._guest[name] != DIRECTORY]
-        for batch in self._batches(files, self._guest):
+        for batch in batches(files, self._guest):
             there = {name: self._guest[name] for name in batch}
             with staging(self.folder.source) as (parent, staged):
                 wanted = [(name, found[1], *found[3:]) for name, found in there.items()]
@@ -511,7 +520,7 @@ class Mirror:
     async def _push(self, names: list[str], *, strict: bool, anything: bool = False) -> bool:
         """Bring files and directories into the guest; whether any went."""
         done = False
-        for batch in self._batches(names, self._host):
+        for batch in batches(names, self._host):
             outgoing = [Outgoing(
                 name, ANYTHING if anything or not self._may_come(name) else self._guest.get(name),
                 self._links[name][0] if name in self._links else None,
@@ -561,20 +570,6 @@ class Mirror:
         link = self._links.get(name)
         return name.rpartition("/")[2] == INIT_DATA or (
             link is not None and link[0].name == INIT_DATA)
-
-    def _batches(self, names: Iterable[str], side: Mapping[str, Stamp]) -> Iterator[list[str]]:
-        """Names in parcels of a bounded size."""
-        for some in split_names((name, side[name]) for name in names):
-            batch: list[str] = []
-            room = PARCEL_BYTES
-            for name, _, size, *_ in some:
-                if batch and size > room:
-                    yield batch
-                    batch, room = [], PARCEL_BYTES
-                batch.append(name)
-                room -= size
-            if batch:
-                yield batch
 
     def _not_written(self, text: str, error: OSError) -> None:
         self._warn_once(text)

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ from vmjob.guest.agent.folders import (
 )
 from vmjob.guest.agent.tree import TreeError, TreeSender, record
 from vmjob.guest.agent.wire import MAX_REQUEST_PIECE
+from vmjob.guest.folders import split_names
 from vmjob.job.files import INIT_DATA, Folder
 
-__all__ = ["Journal", "Outgoing", "Sent", "link_target", "make_directories", "pack",
-           "place", "prepare", "staging"]
+__all__ = ["Journal", "Outgoing", "Sent", "batches", "link_target", "make_directories",
+           "may_lead_to", "pack", "place", "prepare", "staging", "would_replace"]
 
 #: A file of BOINC's that stands for another: ``<soft_link>PATH</soft_link>`` in its first line.
-SOFT_LINK = re.compile(rb"[^\r\n]*<soft_link>([^<\r\n]+)")
+SOFT_LINK = re.compile(rb"[^\r\n]*<soft_link>([^<\0\r\n]+)")
 #: Longest one, bytes.
 MAX_SOFT_LINK = 4096
+#: Bytes of one parcel, unless one file alone is larger.
+PARCEL_BYTES = 64 << 20
 #: Longest file whose content goes into the guest otherwise than it is, bytes.
 MAX_CONTENT = 16 << 20
 
@@ -63,6 +66,15 @@ def link_target(path: Path, base: Path) -> Path | None:
     return None
 
 
+def may_lead_to(folder: Folder, target: Path) -> bool:
+    """Whether a link in a folder may stand for a file, given by its real path.
+
+    What a link says may be anybody's: the data of a job reads like one when it wants to.
+    """
+    return not folder.links_to or (any(map(target.is_relative_to, folder.links_to))
+                                   and not any(map(target.is_relative_to, folder.links_not_to)))
+
+
 def write_new(path: Path, content: bytes | Path, mode: int = 0o600) -> None:
     """A file that appears whole, with some content or that of another file.
 
@@ -85,8 +97,12 @@ def write_new(path: Path, content: bytes | Path, mode: int = 0o600) -> None:
             staged.unlink(missing_ok=True)
 
 
-def prepare(folder: Folder, base: Path, redact: Callable[[bytes], bytes]) -> None:
-    """Make the directory, and put there what belongs there first."""
+def prepare(folder: Folder, base: Path, redact: Callable[[bytes], bytes]) -> set[str]:
+    """Make the directory, and put there what belongs there first; the names of that.
+
+    They are no links, whatever they hold.
+    """
+    put = set(folder.texts)
     try:
         with full_disk():
             folder.source.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,16 +112,21 @@ def prepare(folder: Folder, base: Path, redact: Callable[[bytes], bytes]) -> Non
                 path.unlink(missing_ok=True)
                 write_new(path, text.encode())
             for source in folder.copies:
-                _copy(source, folder.source / source.name, base, redact)
+                target = folder.source / source.name
+                if not target.exists() and not target.is_symlink():
+                    _copy(folder, source, target, base, redact)
+                    put.add(source.name)
     except OSError as error:
         raise InputUnreadable(f"cannot make the folder {folder.name!r} in {folder.source}: "
                               f"{error.filename}: {error.strerror}") from error
+    return put
 
 
-def _copy(source: Path, target: Path, base: Path, redact: Callable[[bytes], bytes]) -> None:
-    if target.exists() or target.is_symlink():
-        return
+def _copy(folder: Folder, source: Path, target: Path, base: Path,
+          redact: Callable[[bytes], bytes]) -> None:
     real = link_target(source, base) or source
+    if not may_lead_to(folder, Path(os.path.realpath(real))):
+        raise PermissionError(errno.EPERM, "it leads out of the slot and its project", str(source))
     mode = real.stat().st_mode
     if INIT_DATA in (source.name, real.name):
         write_new(target, redact(real.read_bytes()), mode)
@@ -114,6 +135,21 @@ def _copy(source: Path, target: Path, base: Path, redact: Callable[[bytes], byte
 
 
 # -- into the guest --------------------------------------------------------------------------
+
+
+def batches(names: Iterable[str], side: Mapping[str, Stamp]) -> Iterator[list[str]]:
+    """Names in parcels of a bounded size."""
+    for some in split_names((name, side[name]) for name in names):
+        batch: list[str] = []
+        room = PARCEL_BYTES
+        for name, _, size, *_ in some:
+            if batch and size > room:
+                yield batch
+                batch, room = [], PARCEL_BYTES
+            batch.append(name)
+            room -= size
+        if batch:
+            yield batch
 
 
 class Outgoing:
@@ -285,6 +321,22 @@ def make_directories(parent: int, path: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def would_replace(name: str, links: Collection[str], host: Mapping[str, Stamp], *,
+                  directory: bool) -> bool:
+    """Whether a file that is not the guest's to change gives way where ``name`` is written.
+
+    ``links``: names that stand for files elsewhere; ``host``: all that is there. ``directory``:
+    whether it is to be one, so that what is below it stays.
+    """
+    parts = name.split("/")
+    if INIT_DATA in parts or any("/".join(parts[:n]) in links
+                                 for n in range(1, len(parts) + directory)):
+        return True
+    return not directory and host.get(name) == DIRECTORY and any(
+        each.startswith(name + "/") and (each in links or INIT_DATA in each.split("/"))
+        for each in (*links, *host))
 
 
 def _give_way(above: int, name: str) -> None:

@@ -55,7 +55,8 @@ class Folder:
     come back at all.
 
     ``links``: files of BOINC's that only name another (``<soft_link>``) stand for that one; paths
-    in them start at ``base``, the folder itself by default.
+    in them start at ``base``, the folder itself by default. They lead below ``links_to`` only,
+    and not below ``links_not_to``; without the first anywhere: who starts a job vouches for it.
     ``without``: names at its top that are not the job's business; a ``*`` stands for any
     characters. ``copies``: files of the host that are put there first, under their names, unless
     they are there; ``texts``: files that are written there first, with what they hold.
@@ -69,6 +70,8 @@ class Folder:
     writable: bool = True
     links: bool = False
     base: Path | None = None
+    links_to: tuple[Path, ...] = ()
+    links_not_to: tuple[Path, ...] = ()
     without: tuple[str, ...] = ()
     copies: tuple[Path, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)

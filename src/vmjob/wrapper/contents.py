@@ -163,7 +163,10 @@ def _folder(folder: Folder, where: Surroundings) -> Folder:
         return folder
     if folder.source == where.directory:
         folder = replace(folder, without=tuple(dict.fromkeys((*folder.without, *OURS))))
-    return replace(folder, links=True, base=where.directory)
+    slot = _real(where.directory)
+    project = slot.parent.parent / "projects" if where.project is None else _real(where.project)
+    return replace(folder, links=True, base=where.directory, links_to=(slot, project),
+                   links_not_to=(slot / HOME, project / HOME))
 
 
 def limited(job: Job, policy: Policy, init: InitData | None, *, cpus: int | None) -> Job:

@@ -12,6 +12,7 @@ import pytest
 
 from vmjob.cli.wrapper import for_the_job
 from vmjob.cli.wrapper import wrapper as command
+from vmjob.engine.folderside import may_lead_to
 from vmjob.errors import (
     HomeUnusable,
     HostDiskFull,
@@ -151,6 +152,17 @@ def test_links_in_a_shared_folder_are_relative_to_the_slot(slot: Slot) -> None:
     job, _ = contents.read_job(slot.where())
     shared = next(each for each in job.folders if each.name == "shared")
     assert (shared.links, shared.base) == (True, slot.directory)
+
+
+def test_links_in_a_shared_folder_lead_into_its_slot_and_project_only(slot: Slot) -> None:
+    slot.link("vbox_job.xml", "xml", VBOX)
+    job, _ = contents.read_job(slot.where())
+    shared = next(each for each in job.folders if each.name == "shared")
+    led = {path: may_lead_to(shared, path) for path in (
+        slot.directory / "shared" / "x", slot.project / "in_1", slot.project / "vmjob" / "x",
+        slot.directory / "vmjob" / "job.json", slot.project.parent / "other" / "x",
+        slot.directory.parent / "1" / "x", Path("/etc/passwd"))}
+    assert list(led.values()) == [True, True, False, False, False, False, False]
 
 
 def test_a_shared_slot_keeps_the_clients_files_and_ours_from_the_job(slot: Slot) -> None:
