@@ -71,8 +71,10 @@ def may_lead_to(folder: Folder, target: Path) -> bool:
 
     What a link says may be anybody's: the data of a job reads like one when it wants to.
     """
-    return not folder.links_to or (any(map(target.is_relative_to, folder.links_to))
-                                   and not any(map(target.is_relative_to, folder.links_not_to)))
+    def below(those: Iterable[Path]) -> bool:
+        return any(target.is_relative_to(os.path.realpath(each)) for each in those)
+
+    return not folder.links_to or (below(folder.links_to) and not below(folder.links_not_to))
 
 
 def write_new(path: Path, content: bytes | Path, mode: int = 0o600) -> None:

@@ -56,6 +56,8 @@ folders = st.builds(
     Folder, name=st.from_regex(FOLDER_NAME, fullmatch=True), source=paths,
     destination=st.one_of(guest, st.just("")),
     live=st.booleans(), writable=st.booleans(), links=st.booleans(),
+    links_to=st.lists(paths, max_size=2).map(tuple),
+    links_not_to=st.lists(paths, max_size=2).map(tuple),
     without=st.lists(some, max_size=2).map(tuple), copies=st.lists(paths, max_size=2).map(tuple),
     texts=st.dictionaries(raw, raw, max_size=2), max_bytes=sizes,
     max_files=st.integers(1, 1 << 40))

@@ -142,6 +142,8 @@ FOLDER = Table("[[folder]]", Folder, (
     Key("writable", Kind.BOOLEAN, "changes come back at all"),
     Key("links", Kind.BOOLEAN, "files of BOINC's that only name another stand for that one"),
     Key("base", Kind.PATH, "where the paths in those begin; else in the folder itself"),
+    Key("links_to", Kind.PATHS, "directories that those lead below only; else anywhere"),
+    Key("links_not_to", Kind.PATHS, "directories among those that none leads below"),
     Key("without", Kind.TEXTS, "names at its top that are not the job's business; `*`: any "
         "characters"),
     Key("copies", Kind.PATHS, "files of the host that are put there first, unless they are there"),
