@@ -104,6 +104,61 @@ def test_a_small_archive_of_endless_zeros_is_refused_by_what_it_says(
         unpacked(archive, below_of(tmp_path))
 
 
+#: Ways to say in a header that a file has holes; its length is then what is said there.
+SPARSE = [
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "big",
+     "GNU.sparse.realsize": str(2 << 30)},
+    {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2 << 30)},
+    {"GNU.sparse.size": str(2 << 30), "GNU.sparse.numblocks": "0"},
+]
+
+
+def with_header(path: Path, headers: dict[str, str]) -> Path:
+    info, data = member("big", b"0\n".ljust(512, b"\0"))
+    info.pax_headers = headers
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(gzip.compress(plain.getvalue()))
+    return path
+
+
+@pytest.fixture
+def nothing_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fill a disk."""
+    def write(*_: object) -> None:
+        raise AssertionError("it is written")
+
+    monkeypatch.setattr(unpacking, "_write", write)
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize("headers", SPARSE, ids=["1.0", "0.1", "0.0"])
+def test_a_file_of_holes_is_refused(headers: dict[str, str], tmp_path: Path) -> None:
+    """A few bytes in an archive would be as long on the disk as they say."""
+    with pytest.raises(ArchiveDamaged, match="is sparse"):
+        unpacked(with_header(tmp_path / "a.tar.gz", headers), below_of(tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_written")
+def test_a_file_of_holes_in_gnus_old_form_is_refused(tmp_path: Path) -> None:
+    info, data = member("big", type=tarfile.GNUTYPE_SPARSE)
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % (2 << 30)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(header) + bytes(10240)))
+    with pytest.raises(ArchiveDamaged, match="is sparse"):
+        unpacked(tmp_path / "a.tar.gz", below_of(tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_written")
+def test_a_file_that_says_it_is_longer_than_all_may_be_is_not_begun(tmp_path: Path) -> None:
+    archive = with_header(tmp_path / "a.tar.gz", {"GNU.sparse.realsize": str(2 << 30)})
+    with pytest.raises(ArchiveDamaged, match="more than 512 MiB"):
+        unpacked(archive, below_of(tmp_path))
+
+
 def test_a_header_that_says_it_is_very_long_is_not_read(tmp_path: Path) -> None:
     info = tarfile.TarInfo("header")
     info.type, info.size = tarfile.XHDTYPE, 1 << 32

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["overall", "parse_fraction"]
+__all__ = ["overall", "parse_fraction", "parse_number"]
 
 #: What a program may write: plain or with an exponent, no sign, no words like nan.
-NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
+NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
 
 
 def parse_fraction(content: bytes) -> float | None:
@@ -16,9 +16,15 @@ def parse_fraction(content: bytes) -> float | None:
     lines = content.decode("ascii", "replace").split("\n")
     for line in reversed(lines):
         if line.strip():
-            number = NUMBER.fullmatch(line.strip())
-            return min(1.0, float(number[0])) if number else None
+            number = parse_number(line)
+            return None if number is None else min(1.0, number)
     return None
+
+
+def parse_number(text: str) -> float | None:
+    """A number that is the whole text, but for space around it; ``inf`` where it is too large."""
+    number = NUMBER.fullmatch(text.strip())
+    return float(number[0]) if number else None
 
 
 def overall(weights: Sequence[float], ended: int, fraction: float) -> float:

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import anyio
 import msgspec
 
 from vmjob.engine.progress import Progress
-from vmjob.errors import CheckpointNewer, CheckpointUnusable
+from vmjob.errors import CheckpointFailed, CheckpointNewer, CheckpointUnusable
 from vmjob.home import remove_tree
 from vmjob.host import durable
 from vmjob.host.digest import digest
@@ -41,8 +41,9 @@ FORMAT = 1
 KEPT = 2
 #: Digits of a generation's number in its names.
 DIGITS = 6
-#: Longest manifest, bytes.
-MAX_MANIFEST = 4 << 20
+#: Longest manifest, bytes; a longer one is never published. Most of it is what is agreed of shared
+#: folders, 100 bytes and a name for each file: 10,000 with the longest names take 40 MiB.
+MAX_MANIFEST = 64 << 20
 NUMBER = re.compile(rf"\d{{{DIGITS},}}")
 MANIFEST = re.compile(rf"(\d{{{DIGITS},}})\.json")
 VERIFIED = "verified"
@@ -120,7 +121,7 @@ class Generations:
     def publish(self, draft: Draft, checkpoint: Checkpoint) -> Generation:
         """Make a checkpoint the newest generation; older ones but one are removed.
 
-        Raises `OSError`; the older generations are then as they were.
+        Raises `CheckpointFailed`, `OSError`; the older generations are then as they were.
         """
         known: dict[str, File] = {}
         for older in self._manifests():
@@ -134,9 +135,17 @@ class Generations:
         generation = Generation(FORMAT, draft.number, draft.created, draft.driver, draft.processor,
                                 draft.shape, checkpoint.state, files, draft.progress,
                                 checkpoint.still_seconds, checkpoint.written_bytes)
+        sealed = _sealed(generation)
+        if len(sealed) > MAX_MANIFEST:
+            # The driver makes its next checkpoint from this one's files; not from those of others
+            # that failed before, which would fill the disk.
+            self.tidy(checkpoint.files)
+            raise CheckpointFailed(
+                f"a checkpoint's manifest would be longer than {MAX_MANIFEST >> 20} MiB: the job "
+                "has too many files in its shared folders")
         name = f"{draft.number:0{DIGITS}}.json"
         beside = self.directory / f"{name}.new"
-        durable.write(beside, _sealed(generation))
+        durable.write(beside, sealed)
         durable.sync(self.directory)  # the names of its files, before the name that needs them
         durable.replace(beside, self.directory / name)
         durable.sync(self.directory)
@@ -223,9 +232,12 @@ class Generations:
         """What a driver continues from."""
         return Saved(self.directory, generation.state)
 
-    def tidy(self) -> None:
-        """Remove all but the newest generations, and what a crash left half-made."""
-        needed = {VERIFIED}
+    def tidy(self, also: Iterable[str] = ()) -> None:
+        """Remove all but the newest generations and the files that are ``also`` needed.
+
+        That is what a crash left half-made, too.
+        """
+        needed = {VERIFIED, *also}
         kept = 0
         for path in self._manifests():
             if kept < KEPT:

@@ -12,7 +12,7 @@ import anyio
 
 from vmjob.engine.clock import RunClock
 from vmjob.engine.commands import command
-from vmjob.engine.fraction import overall, parse_fraction
+from vmjob.engine.fraction import overall, parse_fraction, parse_number
 from vmjob.engine.output import Output
 from vmjob.engine.peeking import peek
 from vmjob.engine.progress import Progress
@@ -338,8 +338,8 @@ class Work:
                                    "bytes; the rest is thrown away")
             return
         word, _, value = text.partition(" ")
-        fraction = parse_fraction(value.encode()) if word == "fraction_done" else None
-        if fraction is not None and float(value) <= 1:
+        fraction = parse_number(value) if word == "fraction_done" else None
+        if fraction is not None and fraction <= 1:
             self._fraction(fraction)
         elif word == "ops_cumulative" and (operations := parse_credit(
                 value.replace(" ", "\n", 1).encode())) is not None:

@@ -59,7 +59,7 @@ def parse_news(said: dict[str, Any], asked: int) -> News:
         again = float(said["again_seconds"])
         if not 0 <= again < float("inf"):
             raise ValueError("a wait that cannot be")
-    except (KeyError, TypeError, ValueError, AttributeError, UnicodeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UnicodeError) as error:
         raise AgentProtocol(f"an answer about a folder that cannot be: {error}") from None
     return News(since, version, entries, gone, more, looks, looking, over, left_out,
                 min(again, MOST_SECONDS))

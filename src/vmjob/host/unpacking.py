@@ -100,12 +100,18 @@ def _write(path: Path, member: tarfile.TarInfo, content: IO[bytes] | None) -> No
 def _fill(draft: Path, archive: Path) -> None:
     """Write the archive's files and directories; raises `ValueError` for what none of ours has."""
     names: set[PurePosixPath] = set()
+    total = 0
     with (gzip.open(archive) as content,
           tarfile.open(fileobj=_Bounded(content), mode="r:") as tar):  # type: ignore[call-overload]
         for member in tar:
             path = PurePosixPath(member.name)
             if not (member.isreg() or member.isdir()):
                 raise ValueError(f"{member.name!r} is neither file nor directory")
+            # The holes of a sparse file are in no archive: they would be written all the same.
+            if member.issparse():
+                raise ValueError(f"{member.name!r} is sparse")
+            total += member.size if member.isreg() else 0
+            _fits(total)
             if path.is_absolute() or ".." in path.parts or "\0" in member.name:
                 raise ValueError(f"{member.name!r} leads out of its directory")
             if path in names:

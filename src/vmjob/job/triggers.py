@@ -5,6 +5,7 @@ Each is a pure function of a file's bytes; nothing that a guest writes makes one
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -62,14 +63,17 @@ def parse_postponement(content: bytes) -> Postponement:
 
 
 def parse_credit(content: bytes) -> tuple[float, float] | None:
-    """Floating-point and integer operations so far, the first two lines; None when not so."""
+    """Floating-point and integer operations so far, the first two lines; None when not so.
+
+    None for what is infinite as well: no JSON holds that.
+    """
     lines = content[:MOST_BYTES].decode("ascii", "replace").split("\n")
     numbers = [NUMBER.match(line) for line in lines[:2]]
     if not numbers or numbers[0] is None:
         return None
     floating = float(numbers[0][1])
     integer = float(numbers[1][1]) if len(numbers) > 1 and numbers[1] else 0.0
-    return floating, integer
+    return (floating, integer) if math.isfinite(floating + integer) else None
 
 
 def _three(content: bytes) -> tuple[int | None, bool, str]:

@@ -44,6 +44,9 @@ _CODES: dict[type[VmjobError], int] = {
     errors.HeartbeatStopped: EXIT_ABORTED_BY_CLIENT,
     errors.JobError: EXIT_CHILD_FAILED,
 }
+#: What we end a task for where that is a failure of the job's: `TaskEnd.ended_by`. The exit code
+#: in its record is then the task's own, mostly that of our signal.
+_LIMITS = ("time-limit", "output-limit")
 _BY_CODE = {kind.code: kind for kind in errors.all_errors()}
 #: What a volunteer can do, where an error's own advice is for somebody at a command line.
 _FOR_VOLUNTEERS: dict[type[VmjobError], str] = {
@@ -90,7 +93,8 @@ Outcome = Finish | Postpone | Again
 
 def of_record(record: Record, before: int) -> Outcome:
     """What becomes of a job; ``before``: how often in a row it ended with this fault before."""
-    if record.error is not None and record.exit_code == errors.EXIT_VMJOB_FAILED:
+    limited = bool(record.tasks) and record.tasks[-1].ended_by in _LIMITS
+    if record.error is not None and (limited or record.exit_code == errors.EXIT_VMJOB_FAILED):
         return of_error(record.error, before)
     if record.error is not None and record.error["code"] == errors.Postponed.code:
         return _asked_for(record.error)

@@ -214,7 +214,7 @@ NEWS = {"since": 0, "version": 3, "entries": [["a", "f", 1, 0o644, 5, 7]], "gone
     {"entries": [["a", "f", 1, 2, 3, 4]] * (MAX_TOLD + 1)}, {"entries": None}, {"entries": 7},
     {"gone": ["../a"]}, {"gone": [7]}, {"since": 2}, {"version": -1}, {"version": "3"},
     {"more": True, "version": 0}, {"again_seconds": float("nan")}, {"again_seconds": "x"},
-    {"again_seconds": -1.0},
+    {"again_seconds": -1.0}, {"again_seconds": 10**400},
 ], ids=lambda lie: json.dumps(lie)[:40])
 def test_an_answer_that_cannot_be_is_no_answer(lie: dict[str, object]) -> None:
     parse_news(dict(NEWS), 0)

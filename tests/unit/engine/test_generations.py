@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from vmjob.engine import generations as generations_module
 from vmjob.engine.generations import Draft, Generation, Generations
 from vmjob.engine.progress import Progress
-from vmjob.errors import CheckpointUnusable
+from vmjob.errors import CheckpointFailed, CheckpointUnusable
 from vmjob.host import durable
 from vmjob.machine.contract import Checkpoint
 
@@ -247,6 +248,60 @@ def test_a_generation_that_names_a_file_elsewhere_is_not_used(made: Generations)
     draft = Draft(1, 0.0, "fake", "", {}, PROGRESS)
     made.publish(draft, Checkpoint(("../outside",), {}, 0.0, 0))
     assert found(Generations(made.directory))[0] == []
+
+
+# -- a manifest that is too long ---------------------------------------------------------------
+
+
+def test_a_manifest_that_could_not_be_read_is_not_published(
+        made: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(made)
+    publish(made)
+    before = names(made)
+    longest = max(path.stat().st_size for path in made.directory.glob("*.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(generations_module, "MAX_MANIFEST", longest)
+        with pytest.raises(CheckpointFailed, match="too many files"):
+            publish(made, "000002.pages")  # it needs a file more than the others
+    # The driver's next checkpoint may need the files of this one.
+    assert names(made) == before | {"000003.pages"}
+    assert found(Generations(made.directory)) == ([2, 1], [])
+    assert publish(made, "000003.pages").number == 4
+    assert found(Generations(made.directory)) == ([4, 2], [])
+
+
+def test_a_manifest_just_as_long_as_may_be_is_read_again(
+        made: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = Generations(made.directory.parent / "alike")
+    publish(alike)
+    monkeypatch.setattr(generations_module, "MAX_MANIFEST",
+                        (alike.directory / "000001.json").stat().st_size)
+    publish(made)
+    assert found(Generations(made.directory)) == ([1], [])
+
+
+def test_manifests_that_are_always_too_long_do_not_fill_the_disk(
+        made: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(made)
+    before = names(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(generations_module, "MAX_MANIFEST",
+                      (made.directory / "000001.json").stat().st_size)
+        for number in (2, 3, 4):
+            with pytest.raises(CheckpointFailed):
+                publish(made, "000001.pages")
+            assert names(made) == before | {f"00000{number}.pages"}
+
+
+def test_a_manifest_of_many_files_in_shared_folders_is_read_again(made: Generations) -> None:
+    """50000 files: more than 4 MiB, which was the longest once."""
+    stamp = ["f", 123456, 420, 1795347536946046433, 1234567]
+    shared = {"shared": {"agreed": {f"{n:040}": [stamp, stamp] for n in range(50_000)}}}
+    (made.directory / "a").write_bytes(b"abc")
+    draft = Draft(1, 0.0, "fake", "", {}, structs.replace(PROGRESS, folders=shared))
+    kept = made.publish(draft, Checkpoint(("a",), {}, 0.0, 0))
+    assert (made.directory / "000001.json").stat().st_size > 4 << 20
+    assert list(Generations(made.directory).newest_first()) == [kept]
 
 
 # -- the seal ----------------------------------------------------------------------------------

@@ -275,6 +275,22 @@ async def test_messages_without_end_are_thrown_away_as_output_is() -> None:
     assert len(grid.warnings) == 1
 
 
+@pytest.mark.parametrize(("value", "fraction"), [
+    ("0.25", 0.25), ("1e-2 ", 0.01), ("7", None), ("a\n0.5", None), ("0.5\na", None),
+    ("1e999", None), ("\u0660.\u0665", None), ("", None)])
+async def test_a_message_of_a_fraction_is_one_or_a_message_like_others(
+        value: str, fraction: float | None) -> None:
+    grid, client, job = Heard(), Messenger(), Job((sh("true"),))
+    record = Record()
+    work = Work(SimpleNamespace(client=client), job, grid, record,  # type: ignore[arg-type]
+                EngineOutput(job, grid, record, None, {}), RunClock())
+    with pytest.raises(NotImplementedError):
+        await work.run()
+    client.say(text := f"fraction_done {value}")
+    assert grid.fractions == ([] if fraction is None else [fraction])
+    assert grid.messages == ([text] if fraction is None else [])
+
+
 # -- an agent that says nothing of a task's end --------------------------------------------------
 
 

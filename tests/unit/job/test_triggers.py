@@ -51,6 +51,12 @@ def test_a_credit_report_is_two_numbers() -> None:
     assert parse_credit(b"-1") is None
 
 
+@pytest.mark.parametrize("content", [b"1e999", b"1e999\n2", b"1\n1e999", b"1e308\n1.5e308"])
+def test_a_credit_report_without_end_is_none(content: bytes) -> None:
+    """Whatever it would be added to, and shown as, cannot hold it."""
+    assert parse_credit(content) is None
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_are_read_without_an_error(content: bytes) -> None:
     assert parse_completion(content).process_exit_code in range(256)

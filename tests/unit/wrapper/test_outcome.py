@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import anyio
 import pytest
 
 from vmjob import errors
 from vmjob.engine.record import Record
+from vmjob.engine.request import Request
+from vmjob.engine.run import run_job
 from vmjob.errors import VmjobError, all_errors
+from vmjob.grid.contract import Quiet
 from vmjob.guest.client import TaskEnd
+from vmjob.home import Home
+from vmjob.job.model import Job, OnFlood, Task
+from vmjob.machine.contract import MachineSpec
+from vmjob.machine.fake import FakeDriver
 from vmjob.wrapper.outcome import (
     AGAIN,
     FIRST,
@@ -51,6 +61,38 @@ def test_a_guest_out_of_memory_has_the_exit_code_that_boinc_has_for_it() -> None
 def test_faults_of_the_job_end_it_at_once(kind: type[VmjobError], code: int) -> None:
     for before in (0, 50):
         assert of_record(failed(kind("x")), before) == Finish(code)
+
+
+@pytest.mark.parametrize("code", [143, 137, 3])
+@pytest.mark.parametrize(("kind", "by", "told"), [
+    (errors.TimeLimit, "time-limit", 197), (errors.JobError, "output-limit", 195)])
+def test_a_job_that_we_ended_has_boincs_code_for_it_not_our_signals(
+        kind: type[VmjobError], by: str, told: int, code: int) -> None:
+    record = failed(kind("x"), code)
+    record.tasks = [ended(0), ended(code, by=by)]
+    assert of_record(record, 0) == of_record(record, 50) == Finish(told)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("script", "more", "told"), [
+    ("sleep 60", {"time_limit": 0.3}, 197),
+    ("trap 'exit 3' TERM; while :; do sleep 0.05; done", {"time_limit": 0.3}, 197),
+    ("while :; do echo much; done", {"stream_limit": 1000, "on_flood": OnFlood.STOP}, 195)])
+async def test_a_job_over_a_limit_is_told_as_that_however_it_died(
+        home: Home, fake_shape: MachineSpec, monkeypatch: pytest.MonkeyPatch, script: str,
+        more: dict[str, Any], told: int) -> None:
+    monkeypatch.setattr("vmjob.engine.work.GRACE", 0.5)
+    job = Job((Task(("sh", "-c", script)),), **more)
+    with anyio.fail_after(60):
+        record = await run_job(home, Request(job, FakeDriver(), fake_shape, {}), Quiet())
+    assert record.exit_code in (3, 137, 143)
+    assert of_record(record, 0) == Finish(told)
+
+
+def test_a_job_that_failed_by_itself_keeps_its_code_though_an_output_is_missing() -> None:
+    record = failed(errors.OutputMissing("x"), 7)
+    record.tasks = [ended(7)]
+    assert of_record(record, 0) == Finish(7)
 
 
 def test_a_command_that_was_not_found_keeps_the_shells_code_for_that() -> None:
