@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import pytest
 
 from vmjob.engine import keeping
 from vmjob.engine.generations import Generations
-from vmjob.errors import HostDiskFull
-from vmjob.machine.contract import BootParts, Foreign, MachineSpec
+from vmjob.engine.progress import Progress
+from vmjob.errors import CheckpointFailed, HostDiskFull
+from vmjob.machine.contract import BootParts, Checkpoint, Foreign, MachineSpec
 
 MIB = 1 << 20
 ROOT, SCRATCH, MEMORY = 30 * MIB, 2 * MIB, 16 * MIB
@@ -93,3 +95,28 @@ def test_what_its_user_brought_needs_room_where_it_is_copied(
         keeping._check_room(generations, spec, None, (disk,))
     free(monkeypatch, 19 * MIB)
     keeping._check_room(generations, spec, 19 * MIB, (disk,))
+
+
+@pytest.mark.anyio
+async def test_a_checkpoint_with_too_long_a_manifest_is_told_as_failed_and_its_number_is_used(
+        generations: Generations, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    async def checkpoint(directory: Path, name: str, while_still: Callable[[], None]) -> Checkpoint:
+        names.append(name)
+        (directory / f"{name}.pages").write_bytes(b"x")
+        while_still()
+        return Checkpoint((f"{name}.pages",), {}, 0.0, 0)
+
+    async def settle() -> None:
+        pass
+
+    kept = SimpleNamespace(machine=SimpleNamespace(spec=spec, checkpoint=checkpoint),
+                           driver_name="fake", copied=())
+    monkeypatch.setattr("vmjob.engine.generations.MAX_MANIFEST", 10)
+    for _ in range(2):
+        with pytest.raises(CheckpointFailed, match="manifest"):
+            await keeping.keep(generations, kept,  # type: ignore[arg-type]
+                               lambda: Progress([], 1, {}, {}, 0.0, 0), settle, None)
+    assert names == ["000001", "000002"]
+    assert generations.listed() == []
