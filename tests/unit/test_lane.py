@@ -19,7 +19,7 @@ from vmjob.errors import (
     VmjobError,
 )
 from vmjob.guest.agent import wire
-from vmjob.guest.lane import Lane
+from vmjob.guest.lane import Lane, refusal
 
 pytestmark = pytest.mark.anyio
 
@@ -90,6 +90,14 @@ async def test_an_answer_that_breaks_the_protocol_is_an_error(
 
     with pytest.raises(error):
         await answered(script)
+
+
+async def test_a_refusal_cannot_command_the_terminal() -> None:
+    said = {"error": "i\x1bo", "message": "\x1b]52;c;eA==\x07no\nroom\x9b2J \u202eleft \u00e9"}
+    error = refusal(400, json.dumps(said).encode())
+    assert error.message == ("the machine refused: \ufffd]52;c;eA==\ufffdno room\ufffd2J "
+                             "\ufffdleft \u00e9")
+    assert error.context["reason"] == "i\ufffdo"
 
 
 async def test_a_header_without_end_costs_no_memory() -> None:

@@ -25,6 +25,7 @@ from vmjob.errors import (
     CommandNotExecutable,
     CommandNotFound,
     GuestRefused,
+    VmjobError,
 )
 from vmjob.guest.agent import wire
 from vmjob.guest.folders import News, Stamp, parse_news, split_names
@@ -133,7 +134,12 @@ class _Follower:
         self.pending: list[tuple[Stream, bytes]] = []
         self.held = 0
         self.end: TaskEnd | None = None
-        self.lost = False
+        #: What makes following it impossible; its own, so that the other followers go on.
+        self.failure: VmjobError | None = None
+
+    @property
+    def wants_news(self) -> bool:
+        return self.end is None and self.failure is None
 
 
 class AgentClient:
@@ -305,13 +311,13 @@ class AgentClient:
                 # Not earlier: each cancelled poll costs a resynchronisation.
                 if task in self._left_out and self._poll_scope is not None:
                     self._poll_scope.cancel()  # it may wait long for news of others, without us
-                if follower.lost:
-                    raise AgentLost(f"the agent no longer knows command {task}")
+                if follower.failure is not None:
+                    raise follower.failure
                 if follower.end is not None:
                     await self._hear_all()
                     return follower.end
                 async with self._polling:
-                    if not follower.pending and follower.end is None:
+                    if not follower.pending and follower.wants_news:
                         await self._poll()
         finally:
             self._taken[task] = self._followers.pop(task).offsets
@@ -460,7 +466,7 @@ class AgentClient:
     async def _poll(self, wait: float = POLL) -> None:
         """Ask once for news of every followed command."""
         asked = {str(task): f.offsets for task, f in self._followers.items()
-                 if f.end is None and f.held < HELD_OUTPUT}
+                 if f.wants_news and f.held < HELD_OUTPUT}
         self._left_out = {task for task, f in self._followers.items() if f.held >= HELD_OUTPUT}
         answer = None
         with anyio.CancelScope() as self._poll_scope:
@@ -499,7 +505,7 @@ class AgentClient:
         streams: tuple[Stream, Stream] = ("stdout", "stderr")
         if news.get("unknown"):
             if follower:
-                follower.lost = True
+                follower.failure = AgentLost(f"the agent no longer knows command {task}")
             return rest
         for stream in streams:
             said = news.get(stream)
@@ -507,15 +513,18 @@ class AgentClient:
                 raise AgentProtocol("output without its length")
             offset, length = _number(said, "offset"), _number(said, "length")
             data, rest = rest[:length], rest[length:]
-            if follower is None:
+            if len(data) != length:
+                raise AgentProtocol("less output than was announced")
+            if follower is None or follower.failure is not None:
                 continue
-            if offset != follower.offsets[stream] or len(data) != length:
-                raise AgentProtocol("output with a gap")
-            if data:
+            if offset != follower.offsets[stream]:
+                # It may have asked for what the agent no longer holds: nobody else's fault.
+                follower.failure = AgentProtocol(f"output of command {task} with a gap")
+            elif data:
                 follower.offsets[stream] += length
                 follower.held += length
                 follower.pending.append((stream, data))
-        if follower is not None and news.get("end") is not None:
+        if follower is not None and follower.failure is None and news.get("end") is not None:
             follower.end = _convert(news["end"], TaskEnd)
             _check_end(follower.end)
         return rest

@@ -28,7 +28,7 @@ from vmjob.errors import (
 )
 from vmjob.guest.agent import wire
 
-__all__ = ["DEADLINE", "Answer", "Lane", "refusal", "resync_message"]
+__all__ = ["DEADLINE", "Answer", "Lane", "parse_object", "printable", "refusal", "resync_message"]
 
 #: Seconds for an answer that needs no more than the agent's attention. Under TCG on a busy
 #: computer an answer takes milliseconds; a minute without one is a machine that hangs.
@@ -67,13 +67,20 @@ def parse_object(body: bytes, *, names: bool = False) -> dict[str, Any]:
     return content
 
 
+def printable(text: str) -> str:
+    """Words of a guest on one line, without what would command the terminal that shows them."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)
+
+
 def refusal(status: int, body: bytes) -> GuestRefused | ImageOutdated:
     """The error that an answer other than 200 stands for.
 
     An agent that does not know a request is older than it: of an image that was built before.
     """
     said = parse_object(body)
-    reason, message = str(said.get("error", ""))[:40], str(said.get("message", ""))[:500]
+    reason = printable(str(said.get("error", ""))[:40])
+    message = printable(str(said.get("message", ""))[:500])
     if reason == "unknown-request":
         return ImageOutdated("the image was built by an older vmjob, whose agent lacks something "
                              "that this job needs")

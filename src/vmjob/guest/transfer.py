@@ -39,7 +39,7 @@ from vmjob.errors import (
 from vmjob.guest.agent import wire
 from vmjob.guest.agent.channel import Channel, Closed, Interrupted, TimedOut
 from vmjob.guest.agent.tree import TreeError, TreeReceiver, send_tree
-from vmjob.guest.lane import parse_object, refusal, resync_message
+from vmjob.guest.lane import parse_object, printable, refusal, resync_message
 
 __all__ = ["Progress", "Transfer"]
 
@@ -268,14 +268,15 @@ class Transfer:
 
 
 def _output_error(source: str, error: TreeError) -> VmjobError:
-    text = f"output {source!r}: {error.message}"
+    # The machine may have said it: an F record.
+    text = f"output {source!r}: {printable(error.message)}"
     if error.reason in ("unsafe-name", "unsafe-link", "unsafe-type", "too-deep", "malformed"):
         return OutputUnsafe(text, reason=error.reason)
     if error.reason in ("too-large", "too-many"):
         return OutputTooLarge(text, reason=error.reason)
     if error.reason == "no-space":
         return HostDiskFull(text)
-    return GuestRefused(text, reason=error.reason)
+    return GuestRefused(text, reason=printable(error.reason))
 
 
 def _full(error: OSError, path: Path) -> None:

@@ -69,6 +69,7 @@ class Peer:
             self._writer.write(line)
             await self._writer.drain()
         except ConnectionError:
+            self.gone.set()
             raise Gone from None
 
     async def request(self) -> wire.Request | None:
@@ -97,7 +98,7 @@ class Peer:
         await self.say(wire.encode({"want": "stdin"}))
         return await self._input.get()
 
-    async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
+    async def unless_gone(self, work: Awaitable[T]) -> T:
         """Carry work out while the client is there; raises `Gone` when it no longer is."""
         tasks = asyncio.ensure_future(work), asyncio.ensure_future(self.gone.wait())
         try:
@@ -110,8 +111,8 @@ class Peer:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def close(self) -> None:
-        self._writer.close()
+    def close(self, *, at_once: bool = False) -> None:
+        self._writer.transport.abort() if at_once else self._writer.close()
 
     async def _line(self) -> bytes:
         try:
@@ -332,36 +333,46 @@ class Keeper:
                       feed: Callable[[], Coroutine[Any, Any, None]] | None,
                       offsets: Mapping[Stream, int]) -> dict[str, Any]:
         """Pass on a command's streams and signals until it ends, and then how."""
+        async def say(line: bytes) -> None:
+            with contextlib.suppress(Gone):  # `unless_gone` hears that as well
+                await peer.say(line)
+
         async def sink(stream: Stream, data: bytes) -> None:
             for line in wire.pieces(stream, data):
-                await peer.say(line)
+                if not peer.gone.is_set():
+                    await say(line)
 
         async def pass_signals() -> None:
             while True:
                 await machine.stop(task, number=await peer.signals.get())
 
         self._attached.add(task)
+        # One follower to the end, whoever hears it: a new one would not know what this one took.
+        following = asyncio.ensure_future(machine.follow(task, sink, offsets=offsets))
         try:
-            await peer.say(wire.encode({"task": task}))
+            await say(wire.encode({"task": task}))
             async with contextlib.AsyncExitStack() as stack:
                 await stack.enter_async_context(beside(pass_signals()))
                 if feed is not None:
                     await stack.enter_async_context(beside(_fed(feed)))
-                end = await peer.unless_gone(machine.follow(task, sink, offsets=offsets))
+                end = await peer.unless_gone(asyncio.shield(following))
         except asyncio.CancelledError:
+            following.cancel()  # nothing more is said after the error
             if self._kept_for_later:
-                with contextlib.suppress(Gone):
-                    await peer.say(wire.encode({"error": MachineKept(
-                        "the machine was kept on the disk, and its commands with it").as_dict()}))
+                await say(wire.encode({"error": MachineKept(
+                    "the machine was kept on the disk, and its commands with it").as_dict()}))
             raise
         except Gone:
+            peer.close(at_once=True)  # what it did not take, nobody waits for
             # What nobody listens to would wait for ever once its output is full.
             with contextlib.suppress(VmjobError):
                 await machine.stop(task, number=signal.SIGKILL)
-                await machine.follow(task, _unheard)
+                await following
             raise
         finally:
             self._attached.discard(task)
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
         await self._hear_messages(machine)
         return _result(end)
 

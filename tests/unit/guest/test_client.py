@@ -108,6 +108,7 @@ async def test_the_scripted_guest_can_tell_the_truth() -> None:
     ({"epoch": 1 << 70, "tasks": {}, "messages": [], **NONE_NEW}, b""),
     (news(out=(5, 3)), b"abc"),
     (news(out=(0, 3)), b"ab"),
+    (news(err=(7, 0), end=END), b""),
     (news(out=(0, -1)), b""),
     (news(out=(0, 1 << 40)), b"abc"),
     (news("2", out=(0, 1)), b"x"),
@@ -139,6 +140,59 @@ async def test_output_that_cannot_be_is_refused(said: object, data: bytes) -> No
 async def test_a_start_that_answers_nonsense_is_refused(answer: bytes) -> None:
     with pytest.raises(AgentProtocol):
         await followed(lambda target, asked: answer)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"unknown": True}, {"stdout": {"offset": 9, "length": 2}, "stderr": {"offset": 0, "length": 0},
+                        "end": END}])
+async def test_what_is_wrong_with_one_command_does_not_reach_another(wrong: object) -> None:
+    numbers = iter([1, 2])
+    asked_for: list[set[str]] = []
+
+    def reply(target: str, asked: dict[str, Any]) -> bytes:
+        if target == "/v1/tasks":
+            return b'{"id": %d, "epoch": 1}\n' % next(numbers)
+        asked_for.append(set(asked["tasks"]))
+        both = len(asked_for) == 2  # the first question may come before the second follower
+        out = {"offset": 3 if len(asked_for) > 2 else 0, "length": 3 if both else 0}
+        told = {"1": {"stdout": out, "stderr": {"offset": 0, "length": 0},
+                      "end": END if len(asked_for) == 3 else None}}
+        if "2" in asked["tasks"]:
+            told["2"] = wrong
+        data = (b"abc" if both else b"")
+        if "2" in asked["tasks"] and "stdout" in wrong:
+            data += b"no"
+        return json.dumps({**NONE_NEW, "tasks": {key: told[key] for key in asked["tasks"]},
+                           "messages": [], "epoch": 1}).encode() + b"\n" + data
+
+    got = bytearray()
+
+    async def take(stream: str, data: bytes) -> None:
+        got.extend(data)
+
+    async with scripted(reply) as client:
+        good, bad = await client.start(["x"]), await client.start(["y"])
+        with anyio.fail_after(10):
+            ends = await asyncio.gather(client.follow(good, take), client.follow(bad, take),
+                                        return_exceptions=True)
+    assert isinstance(ends[0], TaskEnd)
+    assert isinstance(ends[1], AgentLost | AgentProtocol)
+    assert got == b"abc"
+    assert sum("2" in each for each in asked_for) == 1
+
+
+async def test_who_asks_for_output_that_never_was_fails_alone(
+        client: AgentClient) -> None:
+    async def ignore(stream: str, data: bytes) -> None: ...
+
+    endless = ["sh", "-c", "while :; do echo on; sleep 0.01; done"]
+    other, bad = await client.start(endless), await client.start(endless)
+    following = asyncio.ensure_future(client.follow(other, ignore))
+    with anyio.fail_after(10), pytest.raises(AgentProtocol, match="gap"):
+        await client.follow(bad, ignore, {"stdout": 1 << 40})
+    await client.signal(other, 9)
+    with anyio.fail_after(10):
+        assert (await following).signal == 9
 
 
 async def test_a_command_that_the_agent_forgot_is_lost() -> None:

@@ -115,6 +115,15 @@ async def test_what_a_guest_says_wrong_is_an_error_and_nothing_appears(
     assert {path.name for path in tmp_path.rglob("*")} <= {"place"}
 
 
+@pytest.mark.parametrize("reason", ["\x1b[2J", "too-large", "malformed", "no-space"])
+async def test_words_of_a_failure_cannot_command_the_terminal(tmp_path: Path, reason: str) -> None:
+    record = b"F" + json.dumps({"error": reason, "message": "\x1b]0;x\x07a\nb"}).encode()
+    with pytest.raises(VmjobError, match="a b") as caught:
+        await got(lambda sock: sock.sendall(OK + chunks(record)), tmp_path / "out")
+    assert caught.value.message.isprintable()
+    assert str(caught.value.context.get("reason", "")).isprintable()
+
+
 async def test_data_that_is_sent_over_and_over_ends_at_the_limit(tmp_path: Path) -> None:
     def script(sock: socket.socket) -> None:
         sock.sendall(OK + chunks(enter(t="f", s=100)))

@@ -69,6 +69,18 @@ async def run(home: Home, name: str, script: str, **more: Any) -> tuple[int, byt
     return said["done"]["exit_code"], out
 
 
+async def refused(home: Home, name: str, **asked: int) -> VmjobError:
+    """Why a command cannot be gone on with."""
+    async with client.talk(home, name) as talk:
+        await talk.request("attach", asked)
+        try:
+            while "done" not in await talk.hear():
+                pass
+        except VmjobError as error:
+            return error
+    raise AssertionError("it went on to its end")
+
+
 async def test_a_machine_stays_between_commands_until_it_is_destroyed(home: Home,
                                                                       lab: str) -> None:
     assert await state(home, lab) == "created"
@@ -276,6 +288,33 @@ async def test_a_command_ends_with_who_asked_for_it(home: Home, lab: str) -> Non
             pass
     assert await anyio.to_thread.run_sync(eventually, lambda: not sleeping(mark))
     assert await run(home, lab, "echo on") == (0, b"on\n")
+
+
+async def test_who_goes_away_takes_no_other_command_along(home: Home, lab: str) -> None:
+    await client.start(home, lab, command=keeper())
+    script = "until test -e go; do echo on; sleep 0.01; done; echo whole; exit 3"
+    other = asyncio.ensure_future(run(home, lab, script))
+    for _ in range(3):
+        async with client.talk(home, lab) as talk:
+            await talk.request("exec", {
+                "argv": ["sh", "-c", "while :; do echo off; sleep 0.02; done"]})
+            for _ in range(10):  # so many that the machine no longer has the first of it
+                await talk.hear()
+    assert await run(home, lab, "sleep 0.3; touch go") == (0, b"")
+    code, out = await other
+    assert (code, set(out.split())) == (3, {b"on", b"whole"})
+
+
+async def test_who_neither_reads_nor_listens_is_not_waited_for(home: Home, lab: str) -> None:
+    await client.start(home, lab, command=keeper())
+    async with client.talk(home, lab) as talk:
+        await talk.request("exec", {"argv": ["cat", "/dev/zero"]})
+        task = (await talk.hear())["task"]
+        await anyio.sleep(0.5)  # until nothing more fits
+        talk._writer.write_eof()
+        with anyio.fail_after(10):
+            while isinstance(await refused(home, lab, task=task), WrongState):
+                pass
 
 
 async def test_a_detached_command_goes_on_and_its_end_is_in_the_log(home: Home, lab: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vmjob.cli.machine import machine
-from vmjob.cli.main import cli, print_json
+from vmjob.cli.main import cli, print_json, report
+from vmjob.errors import GuestRefused
 from vmjob.home import Home
 
 
@@ -80,6 +81,16 @@ def test_a_name_that_is_no_text_can_be_printed(capsys: pytest.CaptureFixture[str
     """A machine's files may have any."""
     print_json({"entries": [{"name": "\udcff"}]})
     assert json.loads(capsys.readouterr().out) == {"entries": [{"name": "\udcff"}]}
+
+
+def test_an_error_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    error = GuestRefused("it said \x1b]52;c;eA==\x07", advice="First.\nThen.")
+    error.context["console"] = "boot\x1b]0;owned\x07\n\tat\x9b2J"
+    report(error.as_dict())
+    said = capsys.readouterr().err
+    assert not [c for c in said if not c.isprintable() and c not in "\n\t"]
+    assert "First.\nThen.\n" in said
+    assert "| boot\ufffd]0;owned\ufffd\n       | \tat" in said
 
 
 def test_every_subcommand_is_one_of_the_documented_and_teaches() -> None:
