@@ -132,6 +132,8 @@ class Run:
     names: dict[str, str] = field(default_factory=dict)
     ten: list[str] = field(default_factory=list)
     endless: str = ""
+    #: Of that one, while it ran: its end is not in a test's hands.
+    processes: list[psutil.Process] = field(default_factory=list)
 
     def result(self, word: str) -> Result:
         found = self.project.result(self.names[word])
@@ -188,6 +190,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, app_image: Image,
         offer(project)
         queue(run)
         with project:
+            log = project.slot_of(run.endless) / "stderr.txt"
+            assert eventually(lambda: log.exists() and "the job runs" in log.read_text(), DEADLINE)
+            run.processes = [psutil.Process(pid) for pid in project.pids(run.endless)]
             yield run
         listener.shutdown()
         thread.join()
@@ -322,14 +327,13 @@ def test_a_job_that_asks_for_it_is_continued_later(run: Run, project: Project) -
 
 
 def test_a_job_that_takes_too_long_is_ended_by_the_client(run: Run, project: Project) -> None:
-    processes = [psutil.Process(pid) for pid in project.pids(run.endless)]
-    assert len(processes) >= 2  # the wrapper and the machine
+    assert len(run.processes) >= 2  # the wrapper and the machine
     result = project.result(run.endless)
     assert result.exit_status == TIME_LIMIT
     assert result.state in ENDED
     assert "exceeded elapsed time limit 121" in result.message
     assert 120 < result.elapsed < 240
-    assert eventually(lambda: not any(each.is_running() for each in processes), 60)
+    assert eventually(lambda: not any(each.is_running() for each in run.processes), 60)
 
 
 def test_nothing_remains_of_all_these_jobs(run: Run, project: Project) -> None:
