@@ -332,7 +332,8 @@ def test_a_job_that_takes_too_long_is_ended_by_the_client(run: Run, project: Pro
     assert result.exit_status == TIME_LIMIT
     assert result.state in ENDED
     assert "exceeded elapsed time limit 121" in result.message
-    assert 120 < result.elapsed < 240
+    # The client may report a task that it has told to end before that has ended: without times.
+    assert result.elapsed == 0 or 120 < result.elapsed < 240
     assert eventually(lambda: not any(each.is_running() for each in run.processes), 60)
 
 
