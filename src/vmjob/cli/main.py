@@ -105,10 +105,13 @@ def report(error: dict[str, Any]) -> None:
     if console := str(context.get("console", "")).strip():
         lines.append("       The end of the machine's console:")
         lines += [f"       | {line}" for line in console.splitlines()[-12:]]
-    # Some of it may be a guest's or a file's words, and must not command the terminal.
-    text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-                   for c in "\n".join(lines))
-    click.echo(text, err=True)
+    click.echo(plain("\n".join(lines)), err=True)
+
+
+def plain(text: str) -> str:
+    """Words that may be a guest's or a file's, without what would steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vmjob.cli.job import finding_as_dict, say_findings
-from vmjob.cli.main import fail, print_json
+from vmjob.cli.main import fail, plain, print_json
 from vmjob.errors import JobFileInvalid, KeyFileInvalid, UsageError, VmjobError
 from vmjob.home import Home, remove_tree
 from vmjob.image.recipe import DEFAULT_NAME
@@ -358,9 +358,9 @@ def _show(results: list[Result], root: Path, *, as_json: bool) -> None:
     for each in results:
         click.echo(_line(each))
         if each.message:
-            click.echo("  the client says: " + " ".join(map(_plain, each.message.splitlines())))
+            click.echo("  the client says: " + " ".join(map(plain, each.message.splitlines())))
         for text in each.stderr_out.splitlines():
-            click.echo(f"  | {_plain(text)}")
+            click.echo(f"  | {plain(text)}")
         for name, path in each.outputs.items():
             click.echo(f"  {name}: {path} ({path.stat().st_size} bytes)")
     click.echo(KEPT.format(root), err=True)
@@ -370,11 +370,6 @@ def _line(result: Result) -> str:
     verdict = "succeeded" if result.succeeded else "failed"
     return (f"{result.name}: {verdict}, exit status {result.exit_status}, "
             f"{result.elapsed:.1f} s, {result.cpu_time:.1f} s of CPU time")
-
-
-def _plain(text: str) -> str:
-    """A job's words, without what would steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _pairs(option: str, given: Iterable[str]) -> dict[str, Path]:
